@@ -1,0 +1,36 @@
+"""Policy + model geometry -> numbers: capacities, bytes, signals, cadence. Imports no torch."""
+
+from kvpolicy.plan.build import make_plan
+from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
+from kvpolicy.plan.signals import NEEDS, layer_needs, reads_bounds, scoring_leaves
+from kvpolicy.plan.structure import (
+    Buffer,
+    LayerPlan,
+    Plan,
+    PoolPlan,
+    ReadPlan,
+    ScorerPlan,
+    StorePlan,
+    Stream,
+)
+from kvpolicy.plan.support import check_supported, unsupported
+
+__all__ = [
+    "DTYPE_BYTES",
+    "NEEDS",
+    "Buffer",
+    "LayerPlan",
+    "ModelGeometry",
+    "Plan",
+    "PoolPlan",
+    "ReadPlan",
+    "ScorerPlan",
+    "StorePlan",
+    "Stream",
+    "check_supported",
+    "layer_needs",
+    "make_plan",
+    "reads_bounds",
+    "scoring_leaves",
+    "unsupported",
+]

@@ -1,0 +1,60 @@
+"""Every tensor the runtime allocates, by name, shape and type: printed by ``explain``, allocated as printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvpolicy.plan.geometry import ModelGeometry
+from kvpolicy.plan.signals import reads_bounds, scoring_leaves
+from kvpolicy.plan.structure import Buffer, LayerPlan, PoolPlan, Stream
+
+
+def layer_buffers(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> tuple[Buffer, ...]:
+    """The layer's slots, then what each pool keeps about them."""
+    slots = (batch, geometry.kv_heads, layer.slots)
+    buffers = [
+        Buffer("keys", (*slots, geometry.head_dim), geometry.dtype),
+        Buffer("values", (*slots, geometry.head_dim), geometry.dtype),
+        Buffer("position", slots, "int32"),
+    ]
+    for pool in layer.pools:
+        buffers.extend(_pool_buffers(layer, pool, geometry, batch))
+    return tuple(buffers)
+
+
+def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, batch: int) -> Iterator[Buffer]:
+    heads, units = (batch, geometry.kv_heads), (batch, geometry.kv_heads, pool.units)
+    name = pool.name
+    yield Buffer(f"{name}.ring", units, "int32")  # unit ids: the free ones, and behind them the open page's
+    yield Buffer(f"{name}.tail", heads, "int64")  # where the next freed unit goes in the ring
+    if pool.evicts:
+        yield Buffer(f"{name}.peak", heads, "int64")
+    if pool.needs_ordinals:
+        yield Buffer(f"{name}.ordinal", (*heads, pool.capacity), "int32")
+    if pool.pin_survivors and pool.evicts:
+        yield Buffer(f"{name}.survivor", units, "bool")
+    if pool.size_read:
+        yield Buffer(f"{name}.size", heads, "int64")
+    if reads_bounds(layer, pool):
+        for side in ("high", "low"):
+            yield Buffer(f"{name}.{side}", (*units, geometry.head_dim), geometry.dtype)
+    for number, leaf in enumerate(scoring_leaves(pool)):
+        if leaf.signal == "random":
+            yield Buffer(f"{name}.drawn.{number}", units, "float32")
+        kind = leaf.memory[0]
+        if kind in ("last-hit", "recurrence"):
+            yield Buffer(f"{name}.memory.{number}", units, "int32")
+        elif kind != "none":
+            yield Buffer(f"{name}.memory.{number}", units, "float32")
+        if kind == "recurrence":
+            yield Buffer(f"{name}.gap.{number}", units, "int32")
+
+
+def clock_buffers(streams: tuple[Stream, ...], batch: int) -> tuple[Buffer, ...]:
+    """The clocks that all layers share: one set per row, and one per order of arrival."""
+    rows = (batch,)
+    buffers = [Buffer("t", rows, "int64"), Buffer("prompt_len", rows, "int64"), Buffer("position", rows, "int64")]
+    for number in range(len(streams)):
+        for name in ("seen", "fill", "opened"):
+            buffers.append(Buffer(f"{name}.{number}", rows, "int64"))
+    return tuple(buffers)

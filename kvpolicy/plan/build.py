@@ -1,0 +1,260 @@
+"""Policy + geometry + lengths -> Plan. Everything that can be refused is refused here, before a model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+
+from kvpolicy.errors import PolicyError, UsageError
+from kvpolicy.language import Policy, Quantity
+from kvpolicy.language.policy import Pool, Scorer
+from kvpolicy.plan.buffers import clock_buffers, layer_buffers
+from kvpolicy.plan.geometry import ModelGeometry
+from kvpolicy.plan.sizes import Lengths, check_quantities, in_pages, size_pools
+from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
+
+Known = Mapping[str, Fraction]
+
+
+def make_plan(
+    policy: Policy,
+    geometry: ModelGeometry,
+    *,
+    batch: int = 1,
+    prompt: int | tuple[int, int],
+    max_new_tokens: int,
+    turns: int = 1,
+) -> Plan:
+    """Resolve a policy for one model shape and one range of lengths.
+
+    Args:
+        batch: rows B of the cache.
+        prompt: prompt tokens of a row, or the (fewest, most) of a ragged batch; over all turns.
+        max_new_tokens: generated tokens of a row, over all turns.
+        turns: prompt turns the cache will see.
+
+    Raises:
+        PolicyError: the policy cannot be resolved for this shape.
+        UsageError: lengths that make no sense, or that the policy's ``total`` cannot hold.
+    """
+    low, high = (prompt, prompt) if isinstance(prompt, int) else prompt
+    if batch < 1 or low < 0 or high < low or max_new_tokens < 0 or turns < 1:
+        raise UsageError(
+            f"a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; got batch "
+            f"{batch}, turns {turns}, prompt {low}..{high}, max_new_tokens {max_new_tokens}"
+        )
+    lengths = Lengths((low, high), max_new_tokens, turns)
+    layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
+    streams = _streams(layers)
+    layers = [_number_streams(layer, streams) for layer in layers]
+    layers = [replace(layer, buffers=layer_buffers(layer, geometry, batch)) for layer in layers]
+    plan = Plan(
+        policy=policy,
+        geometry=geometry,
+        batch=batch,
+        prompt=(low, high),
+        max_new_tokens=max_new_tokens,
+        turns=turns,
+        layers=tuple(layers),
+        streams=streams,
+        clocks=clock_buffers(streams, batch),
+    )
+    _check_total(plan, lengths)
+    return plan
+
+
+def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Lengths) -> LayerPlan:
+    known = {
+        "layer": Fraction(index),
+        "layers": Fraction(geometry.layers),
+        "max_new_tokens": Fraction(lengths.generated),
+    }
+    per_head = [policy.pools_for(index, geometry.layers, head) for head in range(geometry.kv_heads)]
+    resolved = [_layer_pools(policy, pools, known, lengths) for pools in per_head]
+    pools, order = resolved[0]
+    uniform = all(other == resolved[0] for other in resolved)
+    heads = None if uniform else tuple(pools for pools, _ in resolved)
+    if heads is not None:  # room for the hungriest head, shared by all
+        pools = max((pools for pools, _ in resolved), key=lambda pools: sum(pool.capacity for pool in pools))
+        order = next(order for candidate, order in resolved if candidate is pools)
+    return LayerPlan(index=index, dense=per_head[0] is None, pools=pools, order=order, heads=heads)
+
+
+def _layer_pools(
+    policy: Policy, pools: dict[str, Pool] | None, known: Known, lengths: Lengths
+) -> tuple[tuple[PoolPlan, ...], tuple[int, ...]]:
+    if pools is None:
+        planned: tuple[PoolPlan, ...] = (DENSE,)
+    else:
+        planned = tuple(_plan_pool(policy, name, pool, known) for name, pool in pools.items())
+    order = _update_order(planned)
+    sized = size_pools(planned, order, lengths)
+    check_quantities(sized, lengths)
+    return sized, order
+
+
+def _plan_pool(policy: Policy, name: str, pool: Pool, known: Known) -> PoolPlan:
+    first = next((pin.count for pin in pool.pinned if pin.kind == "first"), None)
+    pins = {pin.kind for pin in pool.pinned}
+    every = 0 if pool.update.kind == "prompt-end" else _whole(policy, pool.update.every, known, f"{name}: update every", 1)
+    return PoolPlan(
+        name=name,
+        admits=pool.admits,
+        page=_whole(policy, pool.page, known, f"{name}: page", 1),
+        budget=_fold(pool.budget, known),
+        window=_fold(pool.window, known),
+        first=_fold(first, known),
+        pin_special="special" in pins,
+        pin_survivors="survivors" in pins,
+        scorer=_plan_scorer(policy, pool.scorer, known, name) if pool.scorer else ScorerPlan(),
+        scope=pool.evict.scope,
+        floor=_number(policy, pool.evict.floor, known, f"{name}: floor"),
+        to=pool.evict.to,
+        cadence=every,
+        read=ReadPlan(pool.read.top.fold(known), _plan_scorer(policy, pool.read.scorer, known, name)) if pool.read else None,
+        store=_plan_store(policy, pool, known, name),
+    )
+
+
+def _plan_store(policy: Policy, pool: Pool, known: Known, name: str) -> StorePlan | None:
+    if pool.store is None:
+        return None
+    return StorePlan(
+        bits=_whole(policy, pool.store.bits, known, f"{name}: store bits", 1),
+        group=_whole(policy, pool.store.group, known, f"{name}: store group", 1),
+        keys=pool.store.keys,
+        values=pool.store.values,
+    )
+
+
+def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: str) -> ScorerPlan:
+    weight = _number(policy, scorer.weight, known, f"{where}: weight")
+    for op, parts in (("sum", scorer.sum), ("product", scorer.product)):
+        if parts is not None:
+            return ScorerPlan(op=op, weight=weight, parts=tuple(_plan_scorer(policy, p, known, where) for p in parts))
+    assert scorer.signal is not None
+    args = tuple((key, _argument(policy, value, known, where)) for key, value in sorted(scorer.signal.args.items()))
+    queries: str | int = scorer.queries.kind
+    if scorer.queries.kind == "last":
+        assert scorer.queries.last is not None
+        queries = _whole(policy, scorer.queries.last, known, f"{where}: queries last", 1)
+    hit: tuple[str, Quantity] | tuple[str, Fraction] | None = None
+    if scorer.hit is not None and scorer.hit.kind == "top":
+        hit = ("top", scorer.hit.value.fold(known))
+    elif scorer.hit is not None:
+        hit = ("above", _number(policy, scorer.hit.value, known, f"{where}: hit above"))
+    smooth = scorer.smooth and (scorer.smooth.kind, _whole(policy, scorer.smooth.width, known, f"{where}: smooth", 1))
+    value = scorer.memory.value
+    memory = (scorer.memory.kind, None if value is None else _number(policy, value, known, f"{where}: memory"))
+    return ScorerPlan(
+        weight=weight,
+        signal=scorer.signal.name,
+        args=args,
+        queries=queries,
+        over=scorer.over,
+        heads=scorer.heads,
+        smooth=smooth or None,
+        norm=scorer.norm,
+        hit=hit,
+        memory=memory,
+    )
+
+
+def _argument(policy: Policy, value: object, known: Known, where: str) -> object:
+    return _number(policy, value, known, where) if isinstance(value, Quantity) else value
+
+
+def _fold(quantity: Quantity | None, known: Known) -> Quantity | None:
+    return None if quantity is None else quantity.fold(known)
+
+
+def _number(policy: Policy, quantity: Quantity, known: Known, where: str) -> Fraction:
+    folded = quantity.fold(known)
+    if folded.constant is None:
+        raise PolicyError(f"{policy.source}: {where} '{quantity.text}' must be known before the run; it depends on "
+                          f"{', '.join(sorted(folded.names))}")
+    return folded.constant
+
+
+def _whole(policy: Policy, quantity: Quantity, known: Known, where: str, least: int) -> int:
+    number = _number(policy, quantity, known, where)
+    whole = number.numerator // number.denominator
+    if whole < least:
+        raise PolicyError(f"{policy.source}: {where} is {whole} in layer {known['layer']}; the least is {least}")
+    return whole
+
+
+def _update_order(pools: tuple[PoolPlan, ...]) -> tuple[int, ...]:
+    """Pools whose size() a budget reads, and pools that feed another, are updated first; else reading order."""
+    names = [pool.name for pool in pools]
+    before: dict[str, set[str]] = {pool.name: set() for pool in pools}
+    for pool in pools:
+        for quantity in pool.quantities():
+            sizes = {name[5:-1] for name in quantity.names if name.startswith("size(")}
+            before[pool.name] |= sizes - {pool.name}
+        if pool.to is not None:
+            before[pool.to].add(pool.name)
+    order: list[str] = []
+    while len(order) < len(names):
+        ready = [name for name in names if name not in order and before[name] <= set(order)]
+        if not ready:
+            raise PolicyError(f"pools {', '.join(n for n in names if n not in order)} wait for one another's size")
+        order.append(ready[0])
+    return tuple(names.index(name) for name in order)
+
+
+def _streams(layers: list[LayerPlan]) -> tuple[Stream, ...]:
+    found: dict[Stream, None] = {}
+    for layer in layers:
+        for pool in layer.pools:
+            found.setdefault(Stream(pool.admits, pool.page))
+    return tuple(found)
+
+
+def _number_streams(layer: LayerPlan, streams: tuple[Stream, ...]) -> LayerPlan:
+    sizes = {name[5:-1] for pool in layer.pools for q in pool.quantities() for name in q.names if name.startswith("size(")}
+    pools = tuple(
+        replace(pool, stream=streams.index(Stream(pool.admits, pool.page)), size_read=pool.name in sizes)
+        for pool in layer.pools
+    )
+    return replace(layer, pools=pools)
+
+
+def _check_total(plan: Plan, lengths: Lengths) -> None:
+    """Refuse a prompt with which the pools cannot stay within the policy's ``total``."""
+    if plan.policy.total is None:
+        return
+    high = lengths.prompt[1]
+    longest = replace(lengths, prompt=(high, high))
+    for layer in plan.layers:
+        known = {"layer": Fraction(layer.index), "layers": Fraction(plan.geometry.layers)}
+        known["max_new_tokens"] = Fraction(lengths.generated)
+        total = plan.policy.total.fold(known).bound(longest.ranges()).low
+        pools = size_pools(layer.pools, layer.order, longest)
+        needed = sum(pool.bound for pool in pools)
+        if needed > total and not layer.dense:
+            parts = ", ".join(f"{pool.name} {pool.bound}" for pool in pools)
+            raise UsageError(
+                f"{plan.policy.name} keeps at most {int(total)} tokens in all, but with a prompt of {high} tokens it "
+                f"needs {needed} ({parts}); raise the budget to {needed} or more, or shorten the prompt"
+            )
+
+
+DENSE = PoolPlan(
+    name="all",
+    admits=frozenset({"prompt", "generated", "special", "image"}),
+    page=1,
+    budget=None,
+    window=None,
+    first=None,
+    pin_special=False,
+    pin_survivors=False,
+    scorer=ScorerPlan(),
+    scope="kv-head",
+    floor=Fraction(0),
+    to=None,
+    cadence=1,
+    read=None,
+    store=None,
+)

@@ -1,0 +1,135 @@
+"""How large a pool can become: capacities and bounds by interval arithmetic over rows and steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from kvpolicy.errors import UsageError
+from kvpolicy.language import Quantity, Range
+from kvpolicy.plan.structure import PoolPlan, admitted
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths a plan is made for: prompt tokens of a row (fewest, most), generated tokens, prompt turns."""
+
+    prompt: tuple[int, int]
+    generated: int
+    turns: int = 1
+
+    def ranges(self) -> dict[str, Range]:
+        """What the clocks in an expression may read, from the end of the prompt to the last generated token."""
+        low, high = self.prompt
+        return {
+            "t": Range(Fraction(0), Fraction(self.generated)),
+            "prompt_len": Range(Fraction(low), Fraction(high)),
+            "context": Range(Fraction(low), Fraction(high + self.generated)),
+        }
+
+
+def in_pages(tokens: int, page: int) -> int:
+    """Tokens rounded up to whole pages."""
+    return -(-tokens // page) * page
+
+
+def size_pools(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Lengths) -> tuple[PoolPlan, ...]:
+    """Give every pool its capacity, bound, victims and first slot.
+
+    Pools are sized in update ``order``, so that a budget which names another pool's size finds its range known.
+    """
+    ranges, sized = lengths.ranges(), list(pools)
+    arrivals = _arrivals(pools, order, lengths)
+    for index in order:
+        pool = sized[index]
+        ever = arrivals[pool.name]
+        ranges[f"seen({pool.name})"] = Range(Fraction(0), Fraction(_most(pool, lengths)))
+        if pool.budget is None:
+            pool = replace(pool, bound=ever, capacity=ever)
+        else:
+            bound = min(ever, max(_within_budget(pool, ranges), _protected(pool, ranges, ever)))
+            slack = _slack(pool, lengths)
+            pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=_victims(pool, slack))
+        fewest = in_pages(lengths.prompt[0], pool.page) if pool.budget is None and "prompt" in pool.admits else 0
+        ranges[f"size({pool.name})"] = Range(Fraction(fewest), Fraction(pool.bound))
+        # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
+        sized[index] = replace(pool, capacity=max(pool.capacity, pool.page))
+    offset = 0
+    for index, pool in enumerate(sized):
+        sized[index] = replace(pool, offset=offset)
+        offset += pool.capacity
+    return tuple(sized)
+
+
+def check_quantities(pools: tuple[PoolPlan, ...], lengths: Lengths) -> None:
+    """Raise where an expression may divide by zero, or share out a negative number, at these lengths."""
+    ranges = lengths.ranges() | {f"seen({pool.name})": Range(Fraction(0), Fraction(10**9)) for pool in pools}
+    ranges |= {f"size({pool.name})": Range(Fraction(0), Fraction(pool.capacity)) for pool in pools}
+    for pool in pools:
+        for quantity in pool.quantities():
+            quantity.bound(ranges)
+
+
+def _most(pool: PoolPlan, lengths: Lengths) -> int:
+    return admitted(pool, lengths.prompt[1], lengths.generated)
+
+
+def _arrivals(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Lengths) -> dict[str, int]:
+    """The most whole-page tokens that can ever enter each pool, from the text and from the pools that feed it."""
+    ever = {
+        pool.name: in_pages(_most(pool, lengths), pool.page) + (lengths.turns - 1) * (pool.page if pool.page > 1 else 0)
+        for pool in pools
+    }
+    for index in order:  # sources come before the pools they feed
+        source = pools[index]
+        if source.to is not None:
+            page = next(pool.page for pool in pools if pool.name == source.to)
+            ever[source.to] += in_pages(ever[source.name], page)
+    return ever
+
+
+def _within_budget(pool: PoolPlan, ranges: dict[str, Range]) -> int:
+    """The most whole-page tokens that any value of the budget allows."""
+    assert pool.budget is not None
+    high = pool.budget.bound(ranges).high
+    if high == math.inf:
+        raise UsageError(f"pool {pool.name}: nothing bounds its budget '{pool.budget.text}', so no memory can be planned")
+    return max(0, math.floor(high)) // pool.page * pool.page
+
+
+def _protected(pool: PoolPlan, ranges: dict[str, Range], ever: int) -> int:
+    """The most whole-page tokens that may be safe from eviction at once."""
+    if pool.pin_survivors or pool.pin_special:
+        return ever
+    tokens = 0
+    for quantity in (pool.window, pool.first):
+        if quantity is None:
+            continue
+        high = quantity.bound(ranges).high
+        most = ever if high == math.inf else max(0, math.floor(high))
+        # A run of tokens may begin and end inside a page, so it can touch one page more than it fills.
+        tokens += most if pool.page == 1 or most == 0 else in_pages(most, pool.page) + pool.page
+    return tokens + (pool.page if pool.page > 1 else 0)
+
+
+def _slack(pool: PoolPlan, lengths: Lengths) -> int:
+    """Tokens that may arrive between two updates, whole pages. Prompt tokens wait in the turn's own workspace."""
+    if "generated" not in pool.admits:
+        return 0
+    waiting = lengths.generated if pool.cadence == 0 else min(pool.cadence, max(1, lengths.generated))
+    return in_pages(waiting, pool.page)
+
+
+def _victims(pool: PoolPlan, slack: int) -> int:
+    """The most units one update of a generated pass may have to drop.
+
+    Where neither budget nor window can shrink, an update drops no more units than arrived or lost their protection
+    since the last one; otherwise any number may go.
+    """
+    steady = all(q.direction() in ("constant", "up") for q in (pool.budget, pool.window) if q is not None)
+    if not steady:
+        return 0
+    if pool.page > 1 and pool.window is not None:
+        return slack  # pages left part full by short turns leave a window faster than they fill
+    return slack // pool.page

@@ -1,0 +1,222 @@
+"""The plan itself: frozen numbers, one step before tensors.
+
+Shapes are named by one legend, here and in the runtime: B rows, Q query heads, K KV heads, G = Q / K, S slots,
+U units (pages; tokens where page is 1), N new tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from kvpolicy.language import Policy, Quantity
+from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
+
+
+@dataclass(frozen=True)
+class ScorerPlan:
+    """A scorer: a leaf reads one signal through its stages; ``sum`` and ``product`` combine their ``parts``."""
+
+    op: str = "leaf"
+    parts: tuple[ScorerPlan, ...] = ()
+    weight: Fraction = Fraction(1)
+    signal: str = "recency"
+    args: tuple[tuple[str, Any], ...] = ()
+    queries: str | int = "current"
+    over: str = "cache"
+    heads: str = "mean"
+    smooth: tuple[str, int] | None = None
+    norm: str | None = None
+    hit: tuple[str, Quantity] | tuple[str, Fraction] | None = None
+    memory: tuple[str, Fraction | None] = ("none", None)
+
+    def leaves(self) -> Iterator[ScorerPlan]:
+        """Every leaf, depth first: their order names the memory buffers."""
+        if self.op == "leaf":
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a leaf folds each observed pass into a memory."""
+        return self.memory[0] != "none"
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """Selection: the ``top`` best units by ``scorer`` are read in generated passes."""
+
+    top: Quantity
+    scorer: ScorerPlan
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """Quantised storage: ``bits`` per number in groups of ``group``, along channels or tokens."""
+
+    bits: int
+    group: int
+    keys: str
+    values: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One order of arrival: the pools of all layers that admit the same tokens in pages of the same size."""
+
+    admits: frozenset[str]
+    page: int
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor that the runtime allocates for a layer, or for the whole cache."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages."""
+
+    name: str
+    admits: frozenset[str]
+    page: int
+    budget: Quantity | None
+    window: Quantity | None
+    first: Quantity | None
+    pin_special: bool
+    pin_survivors: bool
+    scorer: ScorerPlan
+    scope: str
+    floor: Fraction
+    to: str | None
+    cadence: int
+    read: ReadPlan | None
+    store: StorePlan | None
+    stream: int = 0
+    capacity: int = 0
+    bound: int = 0
+    offset: int = 0
+    victims: int = 0
+    size_read: bool = False
+
+    @property
+    def units(self) -> int:
+        """U: page slots (token slots where page is 1)."""
+        return self.capacity // self.page
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything can ever leave this pool."""
+        return self.budget is not None
+
+    @property
+    def needs_ordinals(self) -> bool:
+        """Whether protection asks where in the pool's order of arrival a token stands."""
+        return self.evicts and (self.window is not None or self.first is not None)
+
+    def quantities(self) -> Iterator[Quantity]:
+        """Every quantity that may still vary by row and step."""
+        yield from (q for q in (self.budget, self.window, self.first) if q is not None)
+        scorers = [self.scorer] + ([self.read.scorer] if self.read else [])
+        for leaf in (leaf for scorer in scorers for leaf in scorer.leaves()):
+            if leaf.hit is not None and isinstance(leaf.hit[1], Quantity):
+                yield leaf.hit[1]
+        if self.read:
+            yield self.read.top
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its pools in reading order, and in which ``order`` they are updated.
+
+    ``heads`` holds pools per KV head where an override names heads, else None. ``buffers`` is everything the runtime
+    allocates for the layer, so the bytes that are printed are the bytes that are allocated.
+    """
+
+    index: int
+    dense: bool
+    pools: tuple[PoolPlan, ...]
+    order: tuple[int, ...]
+    heads: tuple[tuple[PoolPlan, ...], ...] | None = None
+    buffers: tuple[Buffer, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """S: token slots allocated per row and KV head."""
+        return sum(pool.capacity for pool in self.pools)
+
+    @property
+    def bound(self) -> int:
+        """The most tokens resident after any update, per row and KV head."""
+        return sum(pool.bound for pool in self.pools)
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.bytes for buffer in self.buffers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Policy + geometry + lengths, as numbers. ``prompt`` is the (fewest, most) prompt tokens a row may bring.
+
+    ``turns`` is how many prompt turns the cache is planned for (each may leave a page half full).
+    """
+
+    policy: Policy
+    geometry: ModelGeometry
+    batch: int
+    prompt: tuple[int, int]
+    max_new_tokens: int
+    turns: int
+    layers: tuple[LayerPlan, ...]
+    streams: tuple[Stream, ...]
+    clocks: tuple[Buffer, ...]
+
+    @property
+    def bytes(self) -> int:
+        """All the memory the cache allocates, in bytes, its bookkeeping included."""
+        return sum(layer.bytes for layer in self.layers) + sum(buffer.bytes for buffer in self.clocks)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Keys and values of the full cache at the same lengths, in bytes."""
+        shape = self.geometry
+        tokens = self.batch * (self.prompt[1] + self.max_new_tokens)
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * DTYPE_BYTES[shape.dtype]
+
+    @property
+    def resident_bound(self) -> int:
+        """The most tokens any layer keeps per row and KV head after an update."""
+        return max(layer.bound for layer in self.layers)
+
+    @property
+    def prompt_peak(self) -> int:
+        """Tokens a layer holds while it reads the longest prompt, per row and KV head, before it drops any."""
+        return max(layer.slots for layer in self.layers) + self.prompt[1]
+
+    @property
+    def never_fires(self) -> bool:
+        """True where no pool can exceed its budget at these lengths."""
+        return all(
+            not pool.evicts or pool.bound >= admitted(pool, self.prompt[1], self.max_new_tokens)
+            for layer in self.layers
+            for pool in layer.pools
+        )
+
+
+def admitted(pool: PoolPlan, prompt: int, generated: int) -> int:
+    """The most tokens that can ever arrive in a pool that is fed by the text (special tokens: at most the prompt)."""
+    from_prompt = prompt if pool.admits - {"generated"} else 0
+    return from_prompt + (generated if "generated" in pool.admits else 0)

@@ -1,0 +1,65 @@
+"""What the torch runtime cannot do yet, by name. The language and the oracle know all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvpolicy.errors import UsageError
+from kvpolicy.plan.signals import NEEDS
+from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ScorerPlan
+
+
+def check_supported(plan: Plan) -> None:
+    """Raise a UsageError that names everything in the policy that the runtime cannot run."""
+    missing = list(dict.fromkeys(unsupported(plan)))
+    if missing:
+        raise UsageError(
+            f"{plan.policy.name} says what the runtime cannot do yet: {'; '.join(missing)} "
+            "(the oracle can: kvpolicy.oracle)"
+        )
+
+
+def unsupported(plan: Plan) -> Iterator[str]:
+    """Every reason why the runtime would refuse this plan, in reading order."""
+    if plan.policy.positions != "absolute":
+        yield f"positions: {plan.policy.positions}"
+    if plan.policy.prompt_chunk is not None:
+        yield "prompt_chunk"
+    for layer in plan.layers:
+        yield from _layer(layer)
+
+
+def _layer(layer: LayerPlan) -> Iterator[str]:
+    if layer.heads is not None:
+        yield "overrides for single heads"
+    for pool in layer.pools:
+        yield from (f"pool {pool.name}: {reason}" for reason in _pool(layer, pool))
+
+
+def _pool(layer: LayerPlan, pool: PoolPlan) -> Iterator[str]:
+    if not layer.dense and not pool.admits <= {"prompt", "generated"}:
+        yield f"admit {', '.join(sorted(pool.admits - {'prompt', 'generated'}))}"
+    if not pool.admits:
+        yield "a pool fed by another"
+    if pool.pin_special:
+        yield "pinned {tokens: special}"
+    if pool.scope == "across-heads":
+        yield "evict scope across-heads"
+    if pool.to is not None:
+        yield "evict {to: …}"
+    if pool.read is not None:
+        yield "read {top: …}"
+    if pool.store is not None:
+        yield "store bits"
+    if pool.evicts:
+        for leaf in pool.scorer.leaves():
+            yield from _leaf(leaf)
+
+
+def _leaf(leaf: ScorerPlan) -> Iterator[str]:
+    if leaf.queries not in ("current", "all"):
+        yield "queries {last: …}"
+    if leaf.signal not in NEEDS:
+        yield f"signal {leaf.signal} of a plug-in"
+    if leaf.signal == "key-similarity":
+        yield "signal key-similarity"
