@@ -1,0 +1,56 @@
+# A fresh clone needs Python 3.11 or newer and make. Every target installs what it needs into $(VENV), once.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+PYTEST := $(VENV)/bin/python -m pytest
+WORKERS ?= 2
+
+# Two workers with one thread each beat one worker with two, and keep the order of float sums the same everywhere.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-offline test-all check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.run ## watch RaaS and SCOPE keep a real model's cache inside a budget
+	$(VENV)/bin/kvpolicy apply raas builtin:smollm2 -f kvpolicy/models/prompts/demo.txt --max-new-tokens 256 --set budget=768
+	$(VENV)/bin/kvpolicy apply scope-discontinuous builtin:smollm2 -f kvpolicy/models/prompts/demo.txt --max-new-tokens 256 --set alpha=512 --set beta1=64 --set beta2=64
+
+test: $(VENV)/.dev ## everything that CI runs; fetches SmolLM2 (98 MB) once
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+test-offline: $(VENV)/.dev ## the same without the tests that need SmolLM2
+	$(PYTEST) -n $(WORKERS) -m "not slow and not smollm2"
+
+test-all: $(VENV)/.dev ## the slow tests too
+	$(PYTEST) -n $(WORKERS)
+
+check: $(VENV)/.dev ## lint, formatting, and types of the installed wheel
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	rm -rf build && mkdir -p build/check/wheel
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir build/check/wheel .
+	$(PIP) install --quiet --no-deps --target build/check/site build/check/wheel/*.whl
+	cd build/check && MYPYPATH=site $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml -p kvpolicy
+
+clean: ## remove everything that these targets made, $(VENV) included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# torch goes first and exactly: asked for as a range, it may bring a newer build and gigabytes of CUDA with it.
+$(VENV)/.run: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	@echo "installing kvpolicy into $(VENV); the first time takes a minute or two"
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet -c constraints.txt -e '.[gguf]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "kvpolicy needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
