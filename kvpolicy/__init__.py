@@ -9,45 +9,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpolicy.errors import (
-        CacheError,
-        KvpolicyError,
-        MissingExtra,
-        ModelError,
-        PolicyError,
-        UsageError,
-    )
-    from kvpolicy.language import Policy, load_policy, loads_policy
-    from kvpolicy.patching import applied, apply, from_pretrained, remove
-    from kvpolicy.plan import ModelGeometry, Plan, make_plan
-    from kvpolicy.runtime import PolicyCache
+    from kvpolicy.errors import CacheError as CacheError
+    from kvpolicy.errors import KvpolicyError as KvpolicyError
+    from kvpolicy.errors import MissingExtra as MissingExtra
+    from kvpolicy.errors import ModelError as ModelError
+    from kvpolicy.errors import PolicyError as PolicyError
+    from kvpolicy.errors import UsageError as UsageError
+    from kvpolicy.language import Policy as Policy
+    from kvpolicy.language import load_policy as load_policy
+    from kvpolicy.language import loads_policy as loads_policy
+    from kvpolicy.patching import applied as applied
+    from kvpolicy.patching import apply as apply
+    from kvpolicy.patching import from_pretrained as from_pretrained
+    from kvpolicy.patching import remove as remove
+    from kvpolicy.plan import ModelGeometry as ModelGeometry
+    from kvpolicy.plan import Plan as Plan
+    from kvpolicy.plan import make_plan as make_plan
+    from kvpolicy.runtime import PolicyCache as PolicyCache
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> the module that defines it; a test holds it against the imports above
-    "CacheError": "errors",
-    "KvpolicyError": "errors",
-    "MissingExtra": "errors",
-    "ModelError": "errors",
-    "PolicyError": "errors",
-    "UsageError": "errors",
-    "Policy": "language",
-    "load_policy": "language",
-    "loads_policy": "language",
-    "ModelGeometry": "plan",
-    "Plan": "plan",
-    "make_plan": "plan",
-    "PolicyCache": "runtime",
-    "applied": "patching",
-    "apply": "patching",
-    "from_pretrained": "patching",
-    "remove": "patching",
+_PUBLIC = {  # module -> the public names it defines; a test holds this against the imports above
+    "errors": ("CacheError", "KvpolicyError", "MissingExtra", "ModelError", "PolicyError", "UsageError"),
+    "language": ("Policy", "load_policy", "loads_policy"),
+    "plan": ("ModelGeometry", "Plan", "make_plan"),
+    "runtime": ("PolicyCache",),
+    "patching": ("applied", "apply", "from_pretrained", "remove"),
 }
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [  # noqa: PLE0604  (strings, all of them)
-    "__version__",
-    *sorted(_HOME),
-]
+__all__ = ["__version__", *sorted(_HOME)]
 
 # In a checkout, patches/ and policies/ lie beside this package instead of inside it.
 _CHECKOUT = Path(__file__).resolve().parent.parent

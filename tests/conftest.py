@@ -1,0 +1,12 @@
+"""Settings that hold for the whole test suite: no network but for what a test asks for, one thread per worker."""
+
+import os
+
+# Before anything imports these libraries: only the fetch of SmolLM2, through pip, may use the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A developer's display settings are none of the tests' business.
+for name in ("NO_COLOR", "FORCE_COLOR", "KVPOLICY_DEBUG"):
+    os.environ.pop(name, None)
+os.environ["COLUMNS"] = "100"
