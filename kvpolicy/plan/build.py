@@ -11,7 +11,7 @@ from kvpolicy.language import Policy, Quantity
 from kvpolicy.language.policy import Pool, Scorer
 from kvpolicy.plan.buffers import clock_buffers, layer_buffers
 from kvpolicy.plan.geometry import ModelGeometry
-from kvpolicy.plan.sizes import Lengths, check_quantities, in_pages, size_pools
+from kvpolicy.plan.sizes import Lengths, check_quantities, size_pools
 from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
 
 Known = Mapping[str, Fraction]
@@ -87,17 +87,29 @@ def _layer_pools(
     if pools is None:
         planned: tuple[PoolPlan, ...] = (DENSE,)
     else:
-        planned = tuple(_plan_pool(policy, name, pool, known) for name, pool in pools.items())
+        planned = _effective(tuple(_plan_pool(policy, name, pool, known) for name, pool in pools.items()))
     order = _update_order(planned)
     sized = size_pools(planned, order, lengths)
     check_quantities(sized, lengths)
     return sized, order
 
 
+def _effective(pools: tuple[PoolPlan, ...]) -> tuple[PoolPlan, ...]:
+    """Pools are read top-down: what an earlier one admits never reaches a later one."""
+    taken: frozenset[str] = frozenset()
+    left = []
+    for pool in pools:
+        left.append(replace(pool, admits=pool.admits - taken))
+        taken |= pool.admits
+    return tuple(left)
+
+
 def _plan_pool(policy: Policy, name: str, pool: Pool, known: Known) -> PoolPlan:
     first = next((pin.count for pin in pool.pinned if pin.kind == "first"), None)
     pins = {pin.kind for pin in pool.pinned}
-    every = 0 if pool.update.kind == "prompt-end" else _whole(policy, pool.update.every, known, f"{name}: update every", 1)
+    every = (
+        0 if pool.update.kind == "prompt-end" else _whole(policy, pool.update.every, known, f"{name}: update every", 1)
+    )
     return PoolPlan(
         name=name,
         admits=pool.admits,
@@ -112,7 +124,9 @@ def _plan_pool(policy: Policy, name: str, pool: Pool, known: Known) -> PoolPlan:
         floor=_number(policy, pool.evict.floor, known, f"{name}: floor"),
         to=pool.evict.to,
         cadence=every,
-        read=ReadPlan(pool.read.top.fold(known), _plan_scorer(policy, pool.read.scorer, known, name)) if pool.read else None,
+        read=ReadPlan(pool.read.top.fold(known), _plan_scorer(policy, pool.read.scorer, known, name))
+        if pool.read
+        else None,
         store=_plan_store(policy, pool, known, name),
     )
 
@@ -172,8 +186,10 @@ def _fold(quantity: Quantity | None, known: Known) -> Quantity | None:
 def _number(policy: Policy, quantity: Quantity, known: Known, where: str) -> Fraction:
     folded = quantity.fold(known)
     if folded.constant is None:
-        raise PolicyError(f"{policy.source}: {where} '{quantity.text}' must be known before the run; it depends on "
-                          f"{', '.join(sorted(folded.names))}")
+        raise PolicyError(
+            f"{policy.source}: {where} '{quantity.text}' must be known before the run; it depends on "
+            f"{', '.join(sorted(folded.names))}"
+        )
     return folded.constant
 
 
@@ -213,7 +229,9 @@ def _streams(layers: list[LayerPlan]) -> tuple[Stream, ...]:
 
 
 def _number_streams(layer: LayerPlan, streams: tuple[Stream, ...]) -> LayerPlan:
-    sizes = {name[5:-1] for pool in layer.pools for q in pool.quantities() for name in q.names if name.startswith("size(")}
+    sizes = {
+        name[5:-1] for pool in layer.pools for q in pool.quantities() for name in q.names if name.startswith("size(")
+    }
     pools = tuple(
         replace(pool, stream=streams.index(Stream(pool.admits, pool.page)), size_read=pool.name in sizes)
         for pool in layer.pools
@@ -243,7 +261,7 @@ def _check_total(plan: Plan, lengths: Lengths) -> None:
 
 DENSE = PoolPlan(
     name="all",
-    admits=frozenset({"prompt", "generated", "special", "image"}),
+    admits=frozenset({"prompt", "generated"}),
     page=1,
     budget=None,
     window=None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kvpolicy.errors import UsageError
-from kvpolicy.language import Quantity, Range
+from kvpolicy.language import Range
 from kvpolicy.plan.structure import PoolPlan, admitted
 
 
@@ -50,7 +50,8 @@ def size_pools(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Len
         else:
             bound = min(ever, max(_within_budget(pool, ranges), _protected(pool, ranges, ever)))
             slack = _slack(pool, lengths)
-            pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=_victims(pool, slack))
+            victims = _victims(pool, slack, sized)
+            pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=victims)
         fewest = in_pages(lengths.prompt[0], pool.page) if pool.budget is None and "prompt" in pool.admits else 0
         ranges[f"size({pool.name})"] = Range(Fraction(fewest), Fraction(pool.bound))
         # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
@@ -94,7 +95,9 @@ def _within_budget(pool: PoolPlan, ranges: dict[str, Range]) -> int:
     assert pool.budget is not None
     high = pool.budget.bound(ranges).high
     if high == math.inf:
-        raise UsageError(f"pool {pool.name}: nothing bounds its budget '{pool.budget.text}', so no memory can be planned")
+        raise UsageError(
+            f"pool {pool.name}: nothing bounds its budget '{pool.budget.text}', so no memory can be planned"
+        )
     return max(0, math.floor(high)) // pool.page * pool.page
 
 
@@ -121,14 +124,15 @@ def _slack(pool: PoolPlan, lengths: Lengths) -> int:
     return in_pages(waiting, pool.page)
 
 
-def _victims(pool: PoolPlan, slack: int) -> int:
-    """The most units one update of a generated pass may have to drop.
+def _victims(pool: PoolPlan, slack: int, pools: list[PoolPlan]) -> int:
+    """The most units one update of a generated pass may have to drop; 0 stands for any number.
 
     Where neither budget nor window can shrink, an update drops no more units than arrived or lost their protection
-    since the last one; otherwise any number may go.
+    since the last one.
     """
-    steady = all(q.direction() in ("constant", "up") for q in (pool.budget, pool.window) if q is not None)
-    if not steady:
+    limits = [quantity for quantity in (pool.budget, pool.window) if quantity is not None]
+    moving = {f"{read}({other.name})" for other in pools if "generated" in other.admits for read in ("size", "seen")}
+    if any(limit.names & moving or limit.direction() not in ("constant", "up") for limit in limits):
         return 0
     if pool.page > 1 and pool.window is not None:
         return slack  # pages left part full by short turns leave a window faster than they fill

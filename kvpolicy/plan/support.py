@@ -33,11 +33,11 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
     if layer.heads is not None:
         yield "overrides for single heads"
     for pool in layer.pools:
-        yield from (f"pool {pool.name}: {reason}" for reason in _pool(layer, pool))
+        yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
 
 
-def _pool(layer: LayerPlan, pool: PoolPlan) -> Iterator[str]:
-    if not layer.dense and not pool.admits <= {"prompt", "generated"}:
+def _pool(pool: PoolPlan) -> Iterator[str]:
+    if not pool.admits <= {"prompt", "generated"}:
         yield f"admit {', '.join(sorted(pool.admits - {'prompt', 'generated'}))}"
     if not pool.admits:
         yield "a pool fed by another"

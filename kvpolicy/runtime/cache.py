@@ -1,0 +1,276 @@
+"""The cache module: a transformers ``Cache`` whose layers keep what a policy keeps.
+
+The host opens every pass of the whole model with ``begin``. It advances the clocks and says what kind of pass this is;
+the layers then do their five steps without asking the host anything. All state lives here; nothing on the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvpolicy.errors import CacheError
+from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
+from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
+
+
+class PolicyCache(Cache):
+    """Fixed slots for every layer, filled and emptied as the plan's policy says.
+
+    Args:
+        plan: what ``make_plan`` made of a policy, a model's geometry and the lengths to come.
+        device: where the slots lie. They have the plan's dtype.
+
+    Raises:
+        UsageError: the policy says what this runtime cannot do yet.
+    """
+
+    def __init__(self, plan: Plan, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        check_supported(plan)
+        stored = TORCH_DTYPES[plan.geometry.dtype]
+        if dtype is not None and dtype != stored:
+            raise CacheError(f"this plan stores {plan.geometry.dtype}, the model computes in {dtype}; plan for {dtype}")
+        self.plan = plan
+        self.device = torch.device(device)
+        self.clocks = Clocks(plan, self.device)
+        self.moment = Moment()
+        layers = [PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device) for layer in plan.layers]
+        super().__init__(layers=layers)
+        self._note_cadences()
+        self._forget()
+
+    def _note_cadences(self) -> None:
+        """The distinct cadences, and whether an update has work to do only when a page opens."""
+        self._cadences = {
+            (pool.cadence, pool.stream if pool.page > 1 and pool.victims and pool.window is None else None)
+            for layer in self.plan.layers
+            for pool in layer.pools
+            if pool.evicts and pool.cadence > 0
+        }
+
+    def _forget(self) -> None:
+        self.turn_columns = 0
+        self.expected: int | None = None
+        self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
+        self.moment.kind = None
+
+    # Opening a pass -----------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        columns: int,
+        valid: Tensor | None = None,
+        *,
+        kind: str | None = None,
+        more: bool | None = None,
+    ) -> str:
+        """Open the next pass of the model and say what it is: "prompt", "plain" or "update".
+
+        Args:
+            columns: N, new tokens per row, padding included.
+            valid: [B, N] bool, False where a column is padding; None where nothing is.
+            kind: "prompt" or "generated"; by default one column on a non-empty cache is generated, all else a prompt.
+            more: whether further chunks of this prompt turn follow; by default only where ``expect_prompt`` says so.
+
+        Raises:
+            CacheError: the plan has no room for these tokens, or a generated pass would skip a row.
+        """
+        if kind is None:
+            in_turn = self.turn_columns > 0 or self.expected is not None
+            kind = "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
+        if kind == "generated":
+            self._begin_generated(columns, valid)
+        elif kind == "prompt":
+            self._begin_prompt(columns, valid, more)
+        else:
+            raise CacheError(f"a pass is of kind prompt or generated, not {kind!r}")
+        self.clocks.columns += columns
+        assert self.moment.kind is not None
+        self.passes[self.moment.kind] += 1
+        return self.moment.kind
+
+    def _begin_generated(self, columns: int, valid: Tensor | None) -> None:
+        if columns != 1:
+            raise CacheError(f"a generated pass takes one token a row, got {columns} columns; feed them one by one")
+        if self.turn_columns:
+            raise CacheError("the prompt turn is not finished: its last chunk must come with more=False")
+        if valid is not None and not bool(valid.all()):
+            raise CacheError("a generated pass cannot skip a row; give a finished row its pad token with mask 1")
+        if self.clocks.host_t >= self.plan.max_new_tokens:
+            raise CacheError(
+                f"this cache was planned for {self.plan.max_new_tokens} generated tokens and has them all; plan for "
+                "more (max_new_tokens) or call cache.extend(max_new_tokens=…) between passes"
+            )
+        self.clocks.generated()
+        self.moment.columns = 1
+        self.moment.kind = UPDATE if self._update_due() else PLAIN
+
+    def _begin_prompt(self, columns: int, valid: Tensor | None, more: bool | None) -> None:
+        first, empty = self.turn_columns == 0, self.clocks.columns == self.turn_columns
+        if valid is None:
+            valid = torch.ones(self.plan.batch, columns, dtype=torch.bool, device=self.device)
+            padded = False
+        else:
+            valid = valid.to(self.device, torch.bool)
+            padded = not bool(valid.all())
+        if valid.shape != (self.plan.batch, columns):
+            raise CacheError(
+                f"this cache has {self.plan.batch} rows; a pass of shape {tuple(valid.shape)} does not fit"
+            )
+        longest = int((self.clocks.prompt_len + valid.sum(1)).max())
+        if longest > self.plan.prompt[1]:
+            raise CacheError(
+                f"this cache was planned for at most {self.plan.prompt[1]} prompt tokens a row, and a row would have "
+                f"{longest}; plan for more, or call cache.extend(prompt=…) before the turn"
+            )
+        if first:
+            self.clocks.open_turn()
+        place = self.clocks.turn_tokens[:, None] + valid.long().cumsum(1) - 1
+        self.turn_columns += columns
+        if more is None:
+            more = self.expected is not None and self.turn_columns < self.expected
+        moment = self.moment
+        moment.kind, moment.columns, moment.more = PROMPT, columns, more
+        moment.first, moment.empty = first, empty and first
+        moment.whole = first and empty and not padded
+        moment.position, moment.place = self.clocks.prompt(valid), place
+        if not more:
+            self.clocks.close_turn()
+            self.turn_columns, self.expected = 0, None
+
+    def _update_due(self) -> bool:
+        """Whether any pool of any layer may have to drop something at this generated pass: the host knows its clocks.
+
+        A paged pool that is steady and has no window exceeds its budget only when a page opens.
+        """
+        return any(
+            self.clocks.host_t % cadence == 0 and (stream is None or self.clocks.streams[stream].opened_now)
+            for cadence, stream in self._cadences
+        )
+
+    def finish(self) -> None:
+        """Close the pass: the last layer has run. A pass that nobody opened then fails instead of running stale."""
+        self.moment.kind = None
+
+    def expect_prompt(self, columns: int) -> None:
+        """Announce the columns of the coming prompt turn, so that its chunks know which of them is the last."""
+        self.expected = columns
+
+    # What transformers asks ----------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included; never tokens kept."""
+        return self.clocks.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """A policy's layers make their own mask by position; this only tells the mask function how many are new."""
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise CacheError(
+            "a policy's cache cannot be cropped or rolled back: what was evicted is gone; assisted decoding and prompt "
+            "lookup need a full cache"
+        )
+
+    def reset(self) -> None:
+        """Forget everything; the tensors and their addresses stay."""
+        self.clocks.reset()
+        for layer in self.layers:
+            layer.reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in a new order (a row may come twice), in place, as beam search asks."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if indices.shape[0] != self.plan.batch:
+            raise CacheError(f"this cache has {self.plan.batch} rows and cannot become one of {indices.shape[0]}")
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if repeats != 1:
+            raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
+
+    def _select(self, rows: Tensor) -> None:
+        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        for tensor in tensors:
+            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+
+    # What people ask ------------------------------------------------------------------------------------------------
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the cache's tensors hold: what the plan announced."""
+        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def positions(self, layer_idx: int) -> Tensor:
+        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty."""
+        return self.layers[layer_idx].state.position.long()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
+
+        ``pools`` maps a name to tokens ``resident`` (most in any row and head), ``peak`` (most held between updates),
+        ``bound`` (the plan's), ``seen`` and ``evicted`` (totals).
+        """
+        pools: dict[str, dict[str, int]] = {}
+        for layer in self.layers:
+            for pool in layer.plan.pools:
+                _count(layer, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
+        resident = max(int((layer.state.position >= 0).sum(-1).max()) for layer in self.layers)
+        return {
+            "pools": pools,
+            "evicted": sum(counts["evicted"] for counts in pools.values()),
+            "resident": resident,
+            "resident_peak": max(sum(layer.pool_peak(pool) for pool in layer.plan.pools) for layer in self.layers),
+            "bound": self.plan.resident_bound,
+            "bytes": self.bytes,
+            "passes": dict(self.passes),
+        }
+
+    def extend(self, *, prompt: int | tuple[int, int] | None = None, max_new_tokens: int | None = None) -> None:
+        """Plan anew for longer lengths (totals over the cache's life) and move what is resident. Not inside a pass.
+
+        Compiled steps belong to a plan, so the next step compiles again where sizes changed.
+        """
+        if self.turn_columns or self.moment.kind is not None:
+            raise CacheError("a cache can be extended between turns only")
+        wanted = self.plan.prompt if prompt is None else (prompt, prompt) if isinstance(prompt, int) else prompt
+        plan = make_plan(
+            self.plan.policy,
+            self.plan.geometry,
+            batch=self.plan.batch,
+            prompt=(min(wanted[0], self.plan.prompt[0]), max(wanted[1], self.plan.prompt[1])),
+            max_new_tokens=max(max_new_tokens or 0, self.plan.max_new_tokens),
+            turns=self.plan.turns + 1,
+        )
+        for number, layer in enumerate(plan.layers):
+            self.layers[number].replan(layer)
+        self.plan = plan
+        self._note_cadences()
+
+
+COUNTED = ("resident", "peak", "bound", "seen", "evicted")
+
+
+def _count(layer: PolicyLayer, pool: PoolPlan, clocks: Clocks, counts: dict[str, int]) -> None:
+    state = layer.state
+    resident = (state.pool_positions(pool) >= 0).flatten(2).sum(-1)
+    seen = clocks.streams[pool.stream].seen[:, None].expand_as(resident)
+    counts["resident"] = max(counts["resident"], int(resident.max()))
+    counts["peak"] = max(counts["peak"], layer.pool_peak(pool))
+    counts["bound"] = max(counts["bound"], pool.bound)
+    counts["seen"] += int(seen.sum())
+    counts["evicted"] += int((seen - resident).sum())

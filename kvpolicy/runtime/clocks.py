@@ -1,0 +1,133 @@
+"""What time it is: per row, and per order of arrival. Advanced once a pass by the host, read by every layer.
+
+Graphs read only the tensors, which keep their addresses; the host keeps its own integers, which no graph reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy.plan import Plan, Stream
+
+TORCH_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+@dataclass
+class StreamClock:
+    """How far one order of arrival has come, per row [B].
+
+    ``seen`` tokens ever admitted; ``fill`` tokens in the newest page (the page size where it is closed); ``opened``
+    counts the units that generated tokens have opened.
+    """
+
+    stream: Stream
+    seen: Tensor
+    fill: Tensor
+    opened: Tensor
+
+    def __post_init__(self) -> None:
+        self.host_fills = {self.stream.page}
+        self.opened_now = False
+
+    def reset(self) -> None:
+        self.seen.zero_()
+        self.close()
+        self.opened.zero_()
+
+    def close(self) -> None:
+        """Close the open page: the next token opens a new one."""
+        self.fill.fill_(self.stream.page)
+        self.host_fills = {self.stream.page}
+
+    def admit_one(self) -> None:
+        """Every row admits one token. The host notes whether any row opens a unit (``opened_now``)."""
+        self.opened_now = self.stream.page in self.host_fills
+        if self.stream.page > 1:
+            opens = self.fill == self.stream.page
+            self.fill.copy_(torch.where(opens, 1, self.fill + 1))
+            self.opened += opens
+            self.host_fills = {1 if fill == self.stream.page else fill + 1 for fill in self.host_fills}
+        else:
+            self.opened += 1
+        self.seen += 1
+
+    def end_turn(self, turn_tokens: Tensor, host_turn_tokens: set[int]) -> None:
+        """A prompt turn of ``turn_tokens`` [B] ended: its last page stays open."""
+        page = self.stream.page
+        if "prompt" in self.stream.admits:
+            self.fill.copy_((turn_tokens - 1) % page + 1)
+            self.host_fills = {(tokens - 1) % page + 1 for tokens in host_turn_tokens}
+
+
+class Clocks:
+    """The row clocks of one cache: ``t`` generated and ``prompt_len`` prompt tokens of each row, padding left out.
+
+    ``position`` [B] is the place of the newest generated token in its row's text.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        tensors = {b.name: torch.zeros(b.shape, dtype=TORCH_DTYPES[b.dtype], device=device) for b in plan.clocks}
+        self.t, self.prompt_len, self.position = tensors["t"], tensors["prompt_len"], tensors["position"]
+        self.streams = [
+            StreamClock(stream, tensors[f"seen.{i}"], tensors[f"fill.{i}"], tensors[f"opened.{i}"])
+            for i, stream in enumerate(plan.streams)
+        ]
+        self.turn_tokens = torch.zeros_like(self.t)
+        self.reset()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor with one entry per row, for reordering and for counting bytes."""
+        own = [self.t, self.prompt_len, self.position]
+        return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened)]
+
+    def reset(self) -> None:
+        self.host_t = 0
+        self.columns = 0  # seen by the model, padding included: what transformers slices its inputs by
+        for tensor in (self.t, self.prompt_len, self.position, self.turn_tokens):
+            tensor.zero_()
+        for clock in self.streams:
+            clock.reset()
+
+    def generated(self) -> None:
+        """A generated pass: one token in every row."""
+        self.host_t += 1
+        self.position.copy_(self.prompt_len + self.t)
+        self.t += 1
+        for clock in self.streams:
+            if "generated" in clock.stream.admits:
+                clock.admit_one()
+
+    def open_turn(self) -> None:
+        """A prompt turn begins: every open page is closed."""
+        self.turn_tokens.zero_()
+        for clock in self.streams:
+            clock.close()
+
+    def prompt(self, valid: Tensor) -> Tensor:
+        """A prompt pass of the tokens ``valid`` [B, N]: returns their positions [B, N], -1 for padding."""
+        before = self.prompt_len + self.t
+        position = torch.where(valid, before[:, None] + valid.long().cumsum(1) - 1, -1)
+        tokens = valid.sum(1)
+        self.prompt_len += tokens
+        self.turn_tokens += tokens
+        for clock in self.streams:
+            if "prompt" in clock.stream.admits:
+                clock.seen += tokens
+        return position
+
+    def close_turn(self) -> None:
+        """The turn's last pass: the host learns the rows' lengths (a prompt pass may ask the device)."""
+        lengths = set(self.turn_tokens.tolist())
+        for clock in self.streams:
+            clock.end_turn(self.turn_tokens, lengths)

@@ -1,0 +1,105 @@
+"""Step 5 on tensors: the lowest-keyed candidates leave, and their units go back to the ring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvpolicy.plan import PoolPlan
+from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.pool import LAST_KEY, PoolPolicy, order_keys
+from kvpolicy.runtime.quantities import Whole, floored
+from kvpolicy.runtime.state import LayerState
+
+
+def excess_units(policy: PoolPolicy, page: int, count: Tensor, values: Mapping[str, Whole]) -> Tensor:
+    """How many units the budget asks to go [B, K], protection left aside; ``count`` [B, K] units are resident."""
+    assert policy.budget is not None
+    budget = floored(policy.budget, values)
+    budget = budget.clamp(min=0) if isinstance(budget, Tensor) else max(0, budget)
+    return ((count * page - budget + page - 1) // page).clamp(min=0)
+
+
+def drop_keys(pool: PoolPlan, state: LayerState, score: Tensor, candidate: Tensor) -> Tensor:
+    """The order in which units may go, lowest first [B, K, U]; LAST_KEY where a unit may not."""
+    if pool.scope == "layer":
+        score = score.mean(1, keepdim=True).expand_as(score)
+    return order_keys(score, state.unit_position(pool), candidate, LAST_KEY)
+
+
+def fires(pool: PoolPlan, clocks: Clocks) -> Tensor | None:
+    """Rows whose cadence fires at this generated pass [B]; None where all do."""
+    return None if pool.cadence == 1 else clocks.t % pool.cadence == 0
+
+
+def drop_some(
+    policy: PoolPolicy,
+    state: LayerState,
+    clocks: Clocks,
+    values: Mapping[str, Whole],
+    score: Tensor,
+    candidate: Tensor,
+) -> None:
+    """One update of a generated pass: empty the slots of the victims and push their units, nothing else moves."""
+    pool = state.pools[policy.name]
+    count = state.count(pool, clocks.streams[pool.stream].opened)
+    peak = state.tensors[f"{pool.name}.peak"]
+    peak.copy_(torch.maximum(peak, count * pool.page))
+    excess, due = excess_units(policy, pool.page, count, values), fires(pool, clocks)
+    if due is not None:
+        excess = torch.where(due[:, None], excess, 0)
+    keys = drop_keys(pool, state, score, candidate)
+    most = min(pool.victims or pool.units, pool.units)
+    if most == 1:
+        victim = keys.argmin(-1, keepdim=True)
+        key = keys.gather(-1, victim)
+    else:
+        key, victim = keys.topk(most, dim=-1, largest=False, sorted=True)
+    steps = torch.arange(most, device=key.device)
+    gone = (steps < excess[..., None]) & (key < LAST_KEY)
+    _empty(pool, state, victim, gone)
+    if pool.pin_survivors:
+        _mark_survivors(pool, state, due)
+
+
+def record_size(pool: PoolPlan, state: LayerState, clocks: Clocks) -> None:
+    """After a pool's update in a generated pass: what size(pool) reads from now on."""
+    size = state.tensors[f"{pool.name}.size"]
+    now, due = state.count(pool, clocks.streams[pool.stream].opened) * pool.page, fires(pool, clocks)
+    size.copy_(now if due is None else torch.where(due[:, None], now, size))
+
+
+def _empty(pool: PoolPlan, state: LayerState, victim: Tensor, gone: Tensor) -> None:
+    """Mark the victims' slots empty and hand their units back. Shapes [B, K, V]."""
+    rows, heads = state.rows[..., None], state.heads[..., None]
+    inside = torch.arange(pool.page, device=victim.device)
+    slots = pool.offset + victim[..., None] * pool.page + inside
+    place = (rows[..., None], heads[..., None], slots)
+    state.position[place] = torch.where(gone[..., None], -1, state.position[place])
+    ring, tail = state.tensors[f"{pool.name}.ring"], state.tensors[f"{pool.name}.tail"]
+    index = (tail[..., None] + torch.arange(victim.shape[-1], device=victim.device)) % pool.units
+    freed = (rows, heads, index)
+    ring[freed] = torch.where(gone, victim.to(ring.dtype), ring[freed])
+    tail += gone.sum(-1)
+
+
+def _mark_survivors(pool: PoolPlan, state: LayerState, due: Tensor | None) -> None:
+    survivor = state.tensors[f"{pool.name}.survivor"]
+    now = state.resident_units(pool)
+    survivor.copy_(now if due is None else torch.where(due[:, None, None], now, survivor))
+
+
+def drop_all_at_once(
+    policy: PoolPolicy, state: LayerState, values: Mapping[str, Whole], score: Tensor, candidate: Tensor
+) -> None:
+    """The update that ends a prompt turn, on the turn's workspace: any number of units go. Rings are laid anew later."""
+    pool = state.pools[policy.name]
+    excess = excess_units(policy, pool.page, state.resident_units(pool).sum(-1), values)
+    rank = drop_keys(pool, state, score, candidate).argsort(-1).argsort(-1)
+    gone = (rank < excess[..., None]) & candidate
+    slots = state.position[:, :, state.span(pool)]
+    slots.masked_fill_(gone[..., None].expand(-1, -1, -1, pool.page).flatten(2), -1)
+    if pool.pin_survivors:
+        _mark_survivors(pool, state, None)

@@ -1,0 +1,256 @@
+"""The five steps of one layer: admit, (read), attend, observe, update. Once for a prompt pass, once for a token.
+
+A generated pass is what gets compiled: its shapes never change, it asks nothing of the host, and it branches only on
+the plan's numbers and on ``moment.kind``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy.attention import attend_prompt, attend_slots
+from kvpolicy.errors import CacheError
+from kvpolicy.plan import NEEDS, LayerPlan, ModelGeometry, PoolPlan, scoring_leaves
+from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.evict import drop_all_at_once, drop_some, record_size
+from kvpolicy.runtime.packing import pack
+from kvpolicy.runtime.pool import PoolPolicy, readings
+from kvpolicy.runtime.state import LayerState
+from kvpolicy.runtime.turn import Turn
+from kvpolicy.scorers.sight import EveryQuery, NewestQuery, Sight
+
+PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
+
+
+@dataclass
+class Moment:
+    """The pass that is open: set by ``PolicyCache.begin``, read by every layer. ``kind`` is None between passes.
+
+    For prompt passes also the tokens' positions and their numbers within the turn [B, N], whether more of the turn is
+    to come, whether the cache was empty and nothing is padded (``whole``), and whether it is the turn's first pass.
+    """
+
+    kind: str | None = None
+    columns: int = 0
+    position: Tensor | None = None
+    place: Tensor | None = None
+    more: bool = False
+    whole: bool = False
+    first: bool = False
+    empty: bool = False
+
+
+class PolicyLayer(CacheLayerMixin):
+    """One layer's slots under a policy.
+
+    ``forward`` replaces attention over a growing cache. Shapes: query [B, Q, N, D]; key, value [B, K, N, D].
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, plan: LayerPlan, geometry: ModelGeometry, clocks: Clocks, moment: Moment, device: Any) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.clocks = clocks
+        self.moment = moment
+        self.device = torch.device(device)
+        self.turn: Turn | None = None
+        self.is_initialized = True
+        self._adopt(plan)
+
+    def _adopt(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.state = LayerState(plan, self.device)
+        self.policies = {pool.name: PoolPolicy(pool) for pool in plan.pools}
+        self.ordered = [plan.pools[index] for index in plan.order]
+        self.arrival = next((pool for pool in plan.pools if "generated" in pool.admits), None)
+        self.reads_logits = {kind: _reads_logits(plan, kind) for kind in (PLAIN, UPDATE)}
+
+    def replan(self, plan: LayerPlan) -> None:
+        """Take new sizes and keep what is resident."""
+        old = self.state
+        self._adopt(plan)
+        pack(old, self.state, self.clocks)
+        for name, tensor in old.tensors.items():
+            if name.endswith(".peak"):
+                self.state.tensors[name].copy_(tensor)
+
+    def pool_peak(self, pool: PoolPlan) -> int:
+        """The most tokens of a pool that a generated pass has met in any row and head, whole pages."""
+        resident = int(self.state.resident_units(pool).sum(-1).max()) * pool.page
+        peak = self.state.tensors.get(f"{pool.name}.peak")
+        return resident if peak is None else max(resident, int(peak.max()))
+
+    # What transformers asks of a cache layer ------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is lazy: the plan knew every size."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.clocks.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state.clear()
+        self.turn = None
+
+    # The five steps -------------------------------------------------------------------------------------------------
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention output [B, N, Q, D] of a pass that ``PolicyCache.begin`` opened."""
+        kind = self.moment.kind
+        if kind is None:
+            raise CacheError(
+                "this pass was not opened: the model was called in a way that skips kvpolicy's hooks (a model compiled "
+                "as a whole, or a decoder layer called by hand); call cache.begin(columns) before each pass, or let "
+                "kvpolicy compile it: kvpolicy.apply(model, policy, compile=True)"
+            )
+        if kind == PROMPT:
+            return self._prompt(query, key, value, scaling)
+        return self._token(query, key, value, scaling, kind)
+
+    # One generated token a row ------------------------------------------------------------------------------------
+
+    def _token(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, kind: str) -> Tensor:
+        state = self.state
+        self._admit(key, value)
+        visible = state.position >= 0
+        grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
+        sight = NewestQuery(state, scaling, {}, grouped)
+        if self.reads_logits[kind]:
+            out, sight.all_logits, sight.probabilities = attend_slots(
+                grouped, state.keys, state.values, visible, scaling
+            )
+        else:
+            out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible[:, :, None], scale=scaling)
+        self._learn_and_drop(sight, kind == UPDATE)
+        return rearrange(out, "b k g d -> b 1 (k g) d")
+
+    def _admit(self, key: Tensor, value: Tensor) -> None:
+        state, clocks, pool = self.state, self.clocks, self.arrival
+        assert pool is not None
+        clock = clocks.streams[pool.stream]
+        unit = state.newest_unit(pool, clock.opened)
+        opens = None if pool.page == 1 else clock.fill == 1
+        inside = unit if opens is None else unit * pool.page + clock.fill[:, None] - 1
+        slot = (state.rows, state.heads, pool.offset + inside)
+        state.keys[slot] = key[:, :, 0]
+        state.values[slot] = value[:, :, 0]
+        state.position[slot] = clocks.position[:, None].to(torch.int32).expand_as(unit)
+        if pool.needs_ordinals:
+            ordinal = (clock.seen - 1)[:, None].to(torch.int32).expand_as(unit)
+            state.tensors[f"{pool.name}.ordinal"][state.rows, state.heads, inside] = ordinal
+        for side, wider in (("high", torch.maximum), ("low", torch.minimum)):
+            bound = state.tensors.get(f"{pool.name}.{side}")
+            if bound is not None and opens is not None:
+                old = bound[state.rows, state.heads, unit]
+                widened = torch.where(opens[:, None, None], key[:, :, 0], wider(old, key[:, :, 0]))
+                bound[state.rows, state.heads, unit] = widened
+        self.policies[pool.name].enter(state, clocks, unit, opens, self.plan.index)
+
+    def _learn_and_drop(self, sight: Sight, update: bool) -> None:
+        """Steps 4 and 5 of a generated pass: every pool observes and scores before any drops."""
+        state, clocks = self.state, self.clocks
+        sights = {"current": sight, "all": sight}
+        values = readings(state, clocks)
+        working = [self.policies[pool.name] for pool in self.ordered if pool.evicts and pool.cadence > 0]
+        for policy in working:
+            if update or policy.remembers:
+                sight.candidates[policy.name] = policy.candidates(state, clocks, values)
+        scores: dict[str, Tensor] = {}
+        for policy in working:
+            policy.observe(sights, clocks, values)
+            if update:
+                scores[policy.name] = policy.score(sights, clocks, values)
+        for pool in self.ordered:
+            if pool.name in scores:
+                policy = self.policies[pool.name]
+                candidate = sight.candidates[pool.name]
+                drop_some(policy, state, clocks, readings(state, clocks), scores[pool.name], candidate)
+            if pool.size_read and pool.cadence > 0 and (update or not pool.evicts):
+                record_size(pool, state, clocks)
+
+    # A prompt pass ------------------------------------------------------------------------------------------------
+
+    def _prompt(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        moment = self.moment
+        assert moment.position is not None and moment.place is not None
+        if moment.first or self.turn is None:
+            self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
+        self.turn.widen(query.shape[2], self.policies, self.clocks)
+        self.turn.admit(key, value, moment.position, moment.place, self.clocks, self.policies)
+        wide = self.turn.state
+        if moment.whole:
+            grouped = query.shape[1] > key.shape[1]
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+        else:
+            out = attend_prompt(query, wide.keys, wide.values, moment.position, wide.position, scaling)
+        self._learn_and_drop_prompt(query, wide, scaling)
+        if not moment.more:
+            pack(self.turn.state, self.state, self.clocks)
+            self.turn = None
+        return rearrange(out, "b q n d -> b n q d")
+
+    def _learn_and_drop_prompt(self, query: Tensor, wide: LayerState, scaling: float) -> None:
+        """Steps 4 and 5 of a prompt pass, on the turn's workspace; only the turn's last pass drops."""
+        clocks, last = self.clocks, not self.moment.more
+        working = [self.policies[pool.name] for pool in self.ordered if pool.evicts]
+        values = readings(wide, clocks)
+        candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
+        sights, active = self._prompt_sights(query, wide, scaling, candidates)
+        scores: dict[str, Tensor] = {}
+        for policy in working:
+            policy.observe(sights, clocks, values, active)
+            if last:
+                scores[policy.name] = policy.score(sights, clocks, values)
+        for pool in self.ordered if last else ():
+            if pool.evicts:
+                policy = self.policies[pool.name]
+                drop_all_at_once(policy, wide, readings(wide, clocks), scores[pool.name], candidates[pool.name])
+            if pool.size_read:
+                units = wide.resident_units(wide.pools[pool.name]).sum(-1)
+                wide.tensors[f"{pool.name}.size"].copy_(units * pool.page)
+
+    def _prompt_sights(
+        self, query: Tensor, wide: LayerState, scaling: float, candidates: dict[str, Tensor]
+    ) -> tuple[dict[str, Sight], Tensor]:
+        """What scorers see of the prompt pass, and which rows [B] brought any token."""
+        position = self.moment.position
+        assert position is not None
+        active = (position >= 0).any(1)
+        newest = position.argmax(1)
+        grouped = rearrange(query, "b (k g) n d -> b k g n d", k=wide.keys.shape[1])
+        index = newest[:, None, None, None, None].expand(*grouped.shape[:3], 1, grouped.shape[4])
+        one = grouped.gather(3, index).squeeze(3)
+        visible = (wide.position >= 0) & active[:, None, None]
+        current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), visible, scaling)
+        current.candidates = candidates
+        return {"current": current, "all": EveryQuery(wide, scaling, candidates, query, position)}, active
+
+
+def _reads_logits(layer: LayerPlan, kind: str) -> bool:
+    """Whether a generated pass of this kind must hand out logits: a leaf reads them, and it observes this pass."""
+    single = any(pool.page == 1 for pool in layer.pools)
+    for pool in layer.pools:
+        for leaf in scoring_leaves(pool) if pool.cadence > 0 else ():
+            needs = NEEDS[leaf.signal]
+            if (leaf.remembers or kind == UPDATE) and ("logits" in needs or (single and "bounds" in needs)):
+                return True
+    return False

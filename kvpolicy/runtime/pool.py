@@ -1,0 +1,234 @@
+"""One pool of one layer at work: who is protected, what each unit is worth, how many must go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpolicy.plan import PoolPlan, ScorerPlan, scoring_leaves
+from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.quantities import Whole, floored, share_of
+from kvpolicy.runtime.state import LayerState
+from kvpolicy.scorers import SIGNALS
+from kvpolicy.scorers.memory import CLOCKED, fold, recall
+from kvpolicy.scorers.place import drawn
+from kvpolicy.scorers.sight import Leaf, Sight
+
+LAST_KEY = torch.iinfo(torch.int64).max
+FIRST_KEY = torch.iinfo(torch.int64).min
+
+
+class PoolPolicy:
+    """The answers of one pool, ready for the graph: plain numbers, nested tuples and functions, no tensors.
+
+    How many units the pool has is asked of the state at hand: a prompt turn's workspace is wider than the slots.
+    """
+
+    def __init__(self, plan: PoolPlan) -> None:
+        self.name = plan.name
+        self.scorer = plan.scorer
+        self.leaves = [Leaf.of(leaf, number) for number, leaf in enumerate(scoring_leaves(plan))]
+        self.budget = plan.budget.tree if plan.budget is not None else None
+        self.window = plan.window.tree if plan.window is not None else None
+        self.first = plan.first.tree if plan.first is not None else None
+        self.remembers = any(leaf.memory != "none" for leaf in self.leaves)
+
+    def protected(self, state: LayerState, clocks: Clocks, values: Mapping[str, Whole]) -> Tensor | None:
+        """Units that may not be dropped [B, K, U]; None where the pool protects nothing. Empty units may be named."""
+        pool = state.pools[self.name]
+        clock = clocks.streams[pool.stream]
+        safe: Tensor | None = None
+        if pool.needs_ordinals:
+            ordinal = state.tensors[f"{pool.name}.ordinal"].unflatten(2, (pool.units, pool.page))
+            resident = state.pool_positions(pool) >= 0
+            for tree, newest in ((self.window, True), (self.first, False)):
+                if tree is None:
+                    continue
+                count = floored(tree, values)
+                edge = clock.seen[:, None] - count if newest else count
+                edge = edge if isinstance(edge, int) else edge[:, :, None, None]
+                tokens = (ordinal >= edge) if newest else (ordinal < edge)
+                units = (tokens & resident).any(-1) if pool.page > 1 else tokens.squeeze(-1)
+                safe = units if safe is None else safe | units
+        if pool.page > 1:
+            newest_unit = state.newest_unit(pool, clock.opened)[..., None]
+            units = torch.arange(pool.units, device=newest_unit.device) == newest_unit
+            safe = units if safe is None else safe | units
+        if pool.pin_survivors:
+            survivor = state.tensors[f"{pool.name}.survivor"]
+            safe = survivor if safe is None else safe | survivor
+        return safe
+
+    def candidates(self, state: LayerState, clocks: Clocks, values: Mapping[str, Whole]) -> Tensor:
+        """Resident units that may be dropped [B, K, U]."""
+        safe = self.protected(state, clocks, values)
+        resident = state.resident_units(state.pools[self.name])
+        return resident if safe is None else resident & ~safe
+
+    def enter(self, state: LayerState, clocks: Clocks, unit: Tensor, opens: Tensor | None, layer: int) -> None:
+        """A unit [B, K] takes one more token: a new unit forgets who lay there before."""
+        pool, rows, heads = state.pools[self.name], state.rows, state.heads
+        for leaf in self.leaves:
+            if leaf.memory in CLOCKED:
+                start: Tensor | float = clocks.t[:, None].to(torch.int32)
+            else:
+                start = 0.0
+            stale = [(f"{pool.name}.memory.{leaf.number}", start)] if leaf.memory != "none" else []
+            if leaf.memory == "recurrence":
+                stale.append((f"{pool.name}.gap.{leaf.number}", 0))
+            if leaf.signal == "random":
+                seed = int(leaf.args.get("seed", 0))
+                position = clocks.position[:, None].expand_as(unit)
+                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, layer, heads, position)))
+            for name, fresh in stale:
+                tensor = state.tensors[name]
+                if not isinstance(fresh, Tensor):
+                    fresh = torch.full_like(unit, fresh, dtype=tensor.dtype)
+                fresh = fresh.expand_as(unit)
+                if opens is not None:
+                    fresh = torch.where(opens[:, None], fresh, tensor[rows, heads, unit])
+                tensor[rows, heads, unit] = fresh
+        if pool.pin_survivors and pool.evicts:
+            survivor = state.tensors[f"{pool.name}.survivor"]
+            survivor[rows, heads, unit] = torch.zeros_like(unit, dtype=torch.bool)
+
+    def observe(
+        self,
+        sights: Mapping[str, Sight],
+        clocks: Clocks,
+        values: Mapping[str, Whole],
+        active: Tensor | None = None,
+    ) -> None:
+        """Fold this pass into every memory; rows that are not ``active`` [B] brought no token and remember nothing."""
+        for leaf in self.leaves:
+            if leaf.memory != "none":
+                sight = sights[leaf.queries]
+                score = self.pass_score(leaf, sight, values)
+                fold(leaf, *self._memory(sight.state, leaf), score, clocks.t, active)
+
+    def score(self, sights: Mapping[str, Sight], clocks: Clocks, values: Mapping[str, Whole]) -> Tensor:
+        """What each unit is worth at an update, float32 [B, K, U]."""
+        numbered = iter(self.leaves)
+
+        def combined(plan: ScorerPlan) -> Tensor:
+            if plan.op != "leaf":
+                parts = [combined(part) for part in plan.parts]
+                total = parts[0]
+                for part in parts[1:]:
+                    total = total + part if plan.op == "sum" else total * part
+                return total * float(plan.weight)
+            leaf = next(numbered)
+            sight = sights[leaf.queries]
+            if leaf.memory == "none":
+                value = self.pass_score(leaf, sight, values)
+            else:
+                value = recall(leaf, *self._memory(sight.state, leaf), clocks.t)
+            return value if leaf.weight == 1.0 else value * leaf.weight
+
+        return combined(self.scorer)
+
+    def _memory(self, state: LayerState, leaf: Leaf) -> tuple[Tensor, Tensor | None]:
+        name = self.name
+        return state.tensors[f"{name}.memory.{leaf.number}"], state.tensors.get(f"{name}.gap.{leaf.number}")
+
+    def pass_score(self, leaf: Leaf, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
+        """One leaf's value of this pass [B, K, U]: signal, smooth, norm, hit."""
+        if leaf.hit is not None and leaf.hit[0] == "top" and leaf.over == "cache":
+            return self._hits_of_cache(leaf, sight, values)
+        pool = sight.state.pools[self.name]
+        score = self._prepared(leaf, pool, sight, values)
+        if leaf.hit is None:
+            return score
+        if leaf.hit[0] == "above":
+            return (score >= leaf.hit[1]).float()
+        ranked = sight.candidates[self.name] if leaf.over == "candidates" else sight.state.resident_units(pool)
+        return best(score, sight.state.unit_position(pool), ranked, leaf.hit[1], values).float()
+
+    def _hits_of_cache(self, leaf: Leaf, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
+        """Hits among the units of all pools of the layer."""
+        state, pools = sight.state, sight.state.plan.pools
+        scores = torch.cat([self._prepared(leaf, pool, sight, values) for pool in pools], dim=2)
+        places = torch.cat([state.unit_position(pool) for pool in pools], dim=2)
+        hits = best(scores, places, places >= 0, leaf.hit[1], values)  # type: ignore[index]
+        start = 0
+        for pool in pools:
+            if pool.name == self.name:
+                return hits[:, :, start : start + pool.units].float()
+            start += pool.units
+        raise AssertionError(self.name)
+
+    def _prepared(self, leaf: Leaf, pool: PoolPlan, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
+        score = SIGNALS[leaf.signal](sight, pool, leaf)
+        if leaf.smooth is not None:
+            score = smoothed(score, sight.state.unit_position(pool), sight.candidates[pool.name], *leaf.smooth)
+        if leaf.norm is not None:
+            score = self._normed(score, leaf.norm, sight, pool, values)
+        return score
+
+    def _normed(self, score: Tensor, norm: str, sight: Sight, pool: PoolPlan, values: Mapping[str, Whole]) -> Tensor:
+        candidate = sight.candidates[pool.name]
+        if norm == "softmax":
+            logits = score.masked_fill(~candidate, float("-inf"))
+            return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
+        if norm == "max":
+            most = score.masked_fill(~candidate, 0.0).amax(-1, keepdim=True)
+            return torch.where(most == 0, 0.0, score / most)
+        kept = self.may_stay(sight.state, candidate, values)
+        inside = score.masked_fill(~candidate, 0.0)
+        ranked = score.masked_fill(~candidate, float("-inf")).sort(-1, descending=True).values
+        steps = torch.arange(ranked.shape[-1], device=ranked.device)
+        best_sum = torch.where((steps < kept[..., None]) & ~ranked.isinf(), ranked, 0.0).sum(-1, keepdim=True)
+        total = inside.sum(-1, keepdim=True)
+        return score * torch.where(total == 0, 0.0, best_sum / total)
+
+    def may_stay(self, state: LayerState, candidate: Tensor, values: Mapping[str, Whole]) -> Tensor:
+        """How many candidates fit the budget beside what is protected [B, K]."""
+        assert self.budget is not None
+        pool = state.pools[self.name]
+        safe = (state.resident_units(pool) & ~candidate).sum(-1)
+        return floored(self.budget, values) // pool.page - safe
+
+
+def readings(state: LayerState, clocks: Clocks) -> dict[str, Whole]:
+    """What the expressions of a layer read: row clocks [B, 1], sizes [B, K]."""
+    values: dict[str, Whole] = {
+        "t": clocks.t[:, None],
+        "prompt_len": clocks.prompt_len[:, None],
+        "context": (clocks.prompt_len + clocks.t)[:, None],
+    }
+    for pool in state.plan.pools:
+        values[f"seen({pool.name})"] = clocks.streams[pool.stream].seen[:, None]
+        if pool.size_read:
+            values[f"size({pool.name})"] = state.tensors[f"{pool.name}.size"]
+    return values
+
+
+def order_keys(score: Tensor, place: Tensor, allowed: Tensor, otherwise: int) -> Tensor:
+    """A total order as int64: the float32 score, then the position; ``otherwise`` where not ``allowed``.
+
+    The bits of a float compare like integers once the negative ones are flipped; + 0.0 makes -0.0 equal to 0.0.
+    """
+    bits = (score.float() + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return torch.where(allowed, (ordered.long() << 32) | place.long(), otherwise)
+
+
+def best(score: Tensor, place: Tensor, ranked: Tensor, share: tuple, values: Mapping[str, Whole]) -> Tensor:
+    """Which units are among the ceil(share * n) best of the n ``ranked`` ones; the newer wins a tie."""
+    keys = order_keys(score, place, ranked, FIRST_KEY)
+    winners = share_of(share, ranked.sum(-1), values).clamp(min=0, max=keys.shape[-1])
+    ordered = keys.sort(-1, descending=True).values
+    least = ordered.gather(-1, (winners - 1).clamp(min=0)[..., None])
+    return ranked & (keys >= least) & (winners[..., None] > 0)
+
+
+def smoothed(score: Tensor, place: Tensor, candidate: Tensor, kind: str, width: int) -> Tensor:
+    """Pool over neighbouring candidates in order of position, the ends padded with 0 (SnapKV, arXiv:2404.14469)."""
+    order = torch.where(candidate, place.long(), LAST_KEY).argsort(-1)
+    line = score.masked_fill(~candidate, 0.0).gather(-1, order)
+    padded = F.pad(line, (width // 2, width // 2))
+    pooled = F.max_pool1d(padded, width, 1) if kind == "max" else F.avg_pool1d(padded, width, 1)
+    return pooled.gather(-1, order.argsort(-1))

@@ -1,0 +1,87 @@
+"""The slots of one layer: the tensors the plan lists, and nothing else.
+
+A *unit* is a page of its pool (a token where page is 1); it lies in ``page`` neighbouring slots. An empty slot has
+position -1. Which unit of a pool is free is told by a ring of unit ids per row and KV head: arrivals take the id at
+``opened - 1`` (so the open page is found there too), and an update writes the freed ids at ``tail``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpolicy.plan import LayerPlan, PoolPlan
+from kvpolicy.runtime.clocks import TORCH_DTYPES
+
+
+class LayerState:
+    """Tensors of one layer by buffer name, and views of them by pool. Shapes: see ``plan.structure``."""
+
+    def __init__(self, plan: LayerPlan, device: torch.device) -> None:
+        self.plan = plan
+        self.pools = {pool.name: pool for pool in plan.pools}
+        self.tensors: dict[str, Tensor] = {
+            buffer.name: torch.zeros(buffer.shape, dtype=TORCH_DTYPES[buffer.dtype], device=device)
+            for buffer in plan.buffers
+        }
+        self.keys, self.values = self.tensors["keys"], self.tensors["values"]
+        self.position = self.tensors["position"]
+        rows, heads = self.position.shape[:2]
+        self.rows = torch.arange(rows, device=device)[:, None]
+        self.heads = torch.arange(heads, device=device)[None, :]
+        self.clear()
+
+    def clear(self) -> None:
+        """Empty every slot and lay out every ring."""
+        for tensor in self.tensors.values():
+            tensor.zero_()
+        self.position.fill_(-1)
+        nothing = torch.zeros(self.position.shape[:2], dtype=torch.int64, device=self.position.device)
+        for pool in self.plan.pools:
+            self.lay_ring(pool, nothing, nothing[:, 0])
+
+    def lay_ring(self, pool: PoolPlan, count: Tensor, opened: Tensor) -> None:
+        """Lay out a ring anew: units from ``count`` [B, K] up are free, the newest one, if any, is ``count - 1``.
+
+        ``opened`` [B] is where the stream's clock stands; the free units follow from there.
+        """
+        steps = torch.arange(pool.units, device=count.device)
+        ring, tail = self.tensors[f"{pool.name}.ring"], self.tensors[f"{pool.name}.tail"]
+        ring.copy_((count[..., None] + steps - opened[:, None, None]) % pool.units)
+        tail.copy_(opened[:, None] + pool.units - count)
+
+    def span(self, pool: PoolPlan) -> slice:
+        """The slots of a pool."""
+        return slice(pool.offset, pool.offset + pool.capacity)
+
+    def pool_positions(self, pool: PoolPlan) -> Tensor:
+        """Positions by unit [B, K, U, page]."""
+        return self.position[:, :, self.span(pool)].unflatten(2, (pool.units, pool.page))
+
+    def resident_units(self, pool: PoolPlan) -> Tensor:
+        """Which units hold a token [B, K, U]; pages fill from their first slot."""
+        return self.pool_positions(pool)[..., 0] >= 0
+
+    def unit_position(self, pool: PoolPlan) -> Tensor:
+        """Position of each unit's first token [B, K, U]; -1 where empty."""
+        return self.pool_positions(pool)[..., 0]
+
+    def count(self, pool: PoolPlan, opened: Tensor) -> Tensor:
+        """Resident units [B, K], from the ring: ``opened`` [B] have been taken, ``tail`` have been put back."""
+        return pool.units - self.tensors[f"{pool.name}.tail"] + opened[:, None]
+
+    def newest_unit(self, pool: PoolPlan, opened: Tensor) -> Tensor:
+        """The unit last taken from the ring [B, K]."""
+        index = ((opened - 1) % pool.units)[:, None, None].expand(*self.position.shape[:2], 1)
+        return self.tensors[f"{pool.name}.ring"].gather(2, index).squeeze(2).long()
+
+    def page_max(self, pool: PoolPlan, by_token: Tensor) -> Tensor:
+        """What a token-level score [B, K, U * page] says of units: the maximum over the tokens of a page."""
+        if pool.page == 1:
+            return by_token
+        paged = by_token.unflatten(2, (pool.units, pool.page))
+        return paged.masked_fill(self.pool_positions(pool) < 0, float("-inf")).amax(-1)
+
+    def all_tensors(self) -> list[Tensor]:
+        """Every allocated tensor; all have rows first."""
+        return list(self.tensors.values())

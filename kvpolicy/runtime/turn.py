@@ -1,0 +1,110 @@
+"""A prompt turn: its tokens wait in a workspace beside the slots until the turn's last pass decides who stays.
+
+The workspace is a layer state like any other, only wider: what is resident keeps its unit numbers, the turn's tokens
+take the units behind them in order of arrival. The same code scores and protects both. At the end the residents are
+packed into the layer's own slots. Prompt passes are eager: shapes here follow the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvpolicy.plan import ModelGeometry, PoolPlan
+from kvpolicy.plan.buffers import layer_buffers
+from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.packing import carry
+from kvpolicy.runtime.pool import PoolPolicy
+from kvpolicy.runtime.state import LayerState
+from kvpolicy.scorers.memory import CLOCKED
+from kvpolicy.scorers.place import drawn
+
+
+class Turn:
+    """The workspace of one layer during a prompt turn. ``base`` units of each pool were resident before it."""
+
+    def __init__(self, state: LayerState, clocks: Clocks, geometry: ModelGeometry, empty: bool) -> None:
+        self.geometry = geometry
+        self.base = {pool.name: 0 if empty else pool.units for pool in state.plan.pools}
+        self.tokens = 0  # columns of the workspace that the turn may have filled so far
+        self.state = state
+        self.newest = {
+            pool.name: torch.full_like(state.tensors[f"{pool.name}.tail"], -1)
+            if empty
+            else state.newest_unit(pool, clocks.streams[pool.stream].opened)
+            for pool in state.plan.pools
+        }
+
+    def widen(self, columns: int, policies: dict[str, PoolPolicy], clocks: Clocks) -> None:
+        """Make room for ``columns`` more tokens in the pool that admits the prompt; what is clocked starts now."""
+        old, first = self.state, self.tokens == 0
+        self.tokens += columns
+        pools: list[PoolPlan] = []
+        offset = 0
+        for pool in old.plan.pools:
+            units = self.base[pool.name] + (-(-self.tokens // pool.page) if "prompt" in pool.admits else 0)
+            pools.append(replace(pool, capacity=max(1, units) * pool.page, offset=offset))
+            offset += pools[-1].capacity
+        plan = replace(old.plan, pools=tuple(pools))
+        plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))
+        wide = LayerState(plan, old.position.device)
+        for policy in policies.values():
+            for leaf in policy.leaves:
+                if leaf.memory in CLOCKED:
+                    memory = wide.tensors[f"{policy.name}.memory.{leaf.number}"]
+                    memory.copy_(clocks.t[:, None, None].expand_as(memory))
+        if any(self.base.values()) or not first:
+            carry(old, wide)
+        self.state = wide
+
+    def admit(
+        self,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        place: Tensor,
+        clocks: Clocks,
+        policies: dict[str, PoolPolicy],
+    ) -> None:
+        """Write a pass's tokens: key and value [B, K, N, D], position [B, N] (-1 for padding), ``place`` [B, N] their
+        number within the turn."""
+        state = self.state
+        pool = next(pool for pool in state.plan.pools if "prompt" in pool.admits)
+        base = self.base[pool.name]
+        row, column = (position >= 0).nonzero(as_tuple=True)
+        inside = base * pool.page + place[row, column]
+        slot = pool.offset + inside
+        state.keys[row, :, slot] = key[row, :, column]
+        state.values[row, :, slot] = value[row, :, column]
+        state.position[row, :, slot] = position[row, column].to(torch.int32)[:, None]
+        clock = clocks.streams[pool.stream]
+        if pool.needs_ordinals:
+            ordinal = clock.seen[row] - clocks.turn_tokens[row] + place[row, column]
+            state.tensors[f"{pool.name}.ordinal"][row, :, inside] = ordinal.to(torch.int32)[:, None]
+        self._enter(policies[pool.name], pool)
+        for other in state.plan.pools:
+            newest = self.newest[other.name]
+            if other is pool:
+                last = base + -(-clocks.turn_tokens // pool.page) - 1
+                newest = torch.where(clocks.turn_tokens[:, None] > 0, last[:, None], newest)
+            state.lay_ring(other, newest + 1, clocks.streams[other.stream].opened)
+
+    def _enter(self, policy: PoolPolicy, pool: PoolPlan) -> None:
+        """Draw what is drawn at entry; take the bounds of pages from their keys."""
+        state = self.state
+        for leaf in policy.leaves:
+            if leaf.signal == "random":
+                number = state.tensors[f"{pool.name}.drawn.{leaf.number}"]
+                places = state.unit_position(pool).long()
+                seed = int(leaf.args.get("seed", 0))
+                number.copy_(drawn(seed, state.plan.index, state.heads[..., None], places))
+        if f"{pool.name}.high" in state.tensors:
+            keys = state.keys[:, :, state.span(pool)].unflatten(2, (pool.units, pool.page))
+            resident = (state.pool_positions(pool) >= 0)[..., None]
+            high = keys.masked_fill(~resident, float("-inf")).amax(3)
+            low = keys.masked_fill(~resident, float("inf")).amin(3)
+            some = resident.any(3)
+            state.tensors[f"{pool.name}.high"].copy_(torch.where(some, high, 0.0))
+            state.tensors[f"{pool.name}.low"].copy_(torch.where(some, low, 0.0))

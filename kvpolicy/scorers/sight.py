@@ -1,0 +1,191 @@
+"""What a scorer can see of a pass: the queries that score, the slots, and who may be dropped.
+
+Two kinds: ``NewestQuery`` sees one query a row (every generated pass; ``queries: current`` of a prompt pass), and
+``EveryQuery`` sums over all queries of a prompt pass in tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvpolicy.attention import column_sums, scaled_logits
+from kvpolicy.plan import PoolPlan, ScorerPlan
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of a scorer with plain numbers for the graph; ``number`` names its buffers."""
+
+    number: int
+    signal: str
+    args: dict[str, Any]
+    queries: str
+    over: str
+    heads: str
+    smooth: tuple[str, int] | None
+    norm: str | None
+    hit: tuple[str, Any] | None
+    memory: str
+    memory_value: float
+    weight: float
+
+    @classmethod
+    def of(cls, plan: ScorerPlan, number: int) -> Leaf:
+        hit: tuple[str, Any] | None = None
+        if plan.hit is not None:
+            kind, value = plan.hit
+            hit = (kind, float(value) if isinstance(value, Fraction) else value.tree)
+        return cls(
+            number=number,
+            signal=plan.signal,
+            args=dict(plan.args),
+            queries=str(plan.queries),
+            over=plan.over,
+            heads=plan.heads,
+            smooth=plan.smooth,
+            norm=plan.norm,
+            hit=hit,
+            memory=plan.memory[0],
+            memory_value=float(plan.memory[1] or 0),
+            weight=float(plan.weight),
+        )
+
+
+@dataclass
+class Sight:
+    """The slots as scorers see them, in one layer and pass.
+
+    ``state`` offers keys, values, positions and buffers (``runtime.state.LayerState``); ``candidates`` maps a pool's
+    name to its unprotected resident units [B, K, U].
+    """
+
+    state: Any
+    scaling: float
+    candidates: dict[str, Tensor] = field(default_factory=dict)
+
+    def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        """Attention mass on the tokens of a pool, heads reduced: [B, K, U * page]."""
+        raise NotImplementedError
+
+    def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        """Scaled q.k on the tokens of a pool, heads reduced: [B, K, U * page]; 0 where a slot is empty."""
+        raise NotImplementedError
+
+    def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        """Upper bound of the scaled q.k of each page, heads reduced: [B, K, U]."""
+        raise NotImplementedError
+
+    def domain(self, pool: PoolPlan, leaf: Leaf) -> Tensor | None:
+        """The slots [B, K, S] over which ``over`` takes the softmax; None for the whole cache."""
+        if leaf.over == "cache":
+            return None
+        inside = torch.zeros_like(self.state.position, dtype=torch.bool)
+        units = self.candidates[pool.name] if leaf.over == "candidates" else self.state.resident_units(pool)
+        inside[:, :, self.state.span(pool)] = units[..., None].expand(-1, -1, -1, pool.page).flatten(2)
+        return inside
+
+    def unit_keys(self, pool: PoolPlan) -> Tensor:
+        """Keys of a pool by slot [B, K, U * page, D] in float32."""
+        return self.state.keys[:, :, self.state.span(pool)].float()
+
+
+def reduce_heads(by_head: Tensor, how: str) -> Tensor:
+    """Reduce the G query heads of a KV head (dimension 2)."""
+    if how == "max" or how == "logits-max":
+        return by_head.amax(2)
+    return by_head.sum(2) if how == "sum" else by_head.mean(2)
+
+
+def masked_softmax(logits: Tensor, domain: Tensor | None) -> Tensor:
+    """Softmax over the last dimension within ``domain`` (broadcast); 0 outside, and where nothing is inside."""
+    if domain is not None:
+        logits = logits.masked_fill(~domain, float("-inf"))
+    return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Logits with 0 where a slot is masked."""
+    return torch.where(logits.isinf(), 0.0, logits)
+
+
+@dataclass
+class NewestQuery(Sight):
+    """One query a row: ``query`` [B, K, G, D]; its masked logits and probabilities [B, K, G, S] over all slots."""
+
+    query: Tensor | None = None
+    all_logits: Tensor | None = None
+    probabilities: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: Any, query: Tensor, visible: Tensor, scaling: float) -> NewestQuery:
+        logits = scaled_logits(query, state.keys, visible, scaling)
+        return cls(state, scaling, {}, query, logits, masked_softmax(logits, None))
+
+    def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        span = self.state.span(pool)
+        domain = self.domain(pool, leaf)
+        if leaf.heads == "logits-max":
+            return masked_softmax(self.all_logits.amax(2), domain)[:, :, span]
+        if domain is None:
+            return reduce_heads(self.probabilities[..., span], leaf.heads)
+        return reduce_heads(masked_softmax(self.all_logits, domain[:, :, None])[..., span], leaf.heads)
+
+    def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        return reduce_heads(finite(self.all_logits[..., self.state.span(pool)]), leaf.heads)
+
+    def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        if pool.page == 1:
+            return self.logits(pool, leaf)
+        high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        # max(q * high, q * low) summed over channels, as two products: no [B, K, G, U, D] in between.
+        query = self.query * self.scaling
+        bound = torch.matmul(query.clamp(min=0), high.transpose(2, 3)) + torch.matmul(
+            query.clamp(max=0), low.transpose(2, 3)
+        )
+        return reduce_heads(bound.float(), leaf.heads)
+
+
+@dataclass
+class EveryQuery(Sight):
+    """All queries of a prompt pass, summed: ``query`` [B, Q, N, D] at ``query_position`` [B, N] (-1 for padding)."""
+
+    query: Tensor | None = None
+    query_position: Tensor | None = None
+
+    def _sum(self, reduce: Callable[[Tensor], Tensor], keys: Tensor, position: Tensor) -> Tensor:
+        return column_sums(self.query, keys, self.query_position, position, self.scaling, reduce)
+
+    def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        span, domain = self.state.span(pool), self.domain(pool, leaf)
+        inside = None if domain is None else domain[:, :, None, None]
+
+        def probabilities(logits: Tensor) -> Tensor:
+            if leaf.heads == "logits-max":
+                logits = logits.amax(2, keepdim=True)
+            return masked_softmax(logits, inside)
+
+        summed = self._sum(probabilities, self.state.keys, self.state.position)[..., span]
+        return reduce_heads(summed, leaf.heads)
+
+    def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        summed = self._sum(finite, self.state.keys, self.state.position)[..., self.state.span(pool)]
+        return reduce_heads(summed, leaf.heads)
+
+    def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        if pool.page == 1:
+            return self.logits(pool, leaf)
+        high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        group = rearrange(self.query, "b (k g) n d -> b k g n d", k=high.shape[1]) * self.scaling
+        group = torch.where(self.query_position[:, None, None, :, None] >= 0, group, 0.0)
+        # The bound is linear in relu(q) and min(q, 0), so the queries can be summed first.
+        summed = torch.matmul(group.clamp(min=0).sum(3), high.transpose(2, 3)) + torch.matmul(
+            group.clamp(max=0).sum(3), low.transpose(2, 3)
+        )
+        return reduce_heads(summed.float(), leaf.heads)
