@@ -34,7 +34,7 @@ check: $(VENV)/.dev ## lint, formatting, and types of the installed wheel
 	rm -rf build && mkdir -p build/check/wheel
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir build/check/wheel .
 	$(PIP) install --quiet --no-deps --target build/check/site build/check/wheel/*.whl
-	cd build/check && MYPYPATH=site $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml -p kvpolicy
+	cd build/check && MYPYPATH=site $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kvpolicy
 
 clean: ## remove everything that these targets made, $(VENV) included
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ ORDER = (  # each imports only from its left
     "errors", "language", "plan", "oracle", "scorers", "attention", "runtime", "architecture", "patching", "models",
     "testing", "lab", "cli",
 )  # fmt: skip
-WITHOUT_TORCH = ("errors", "language", "plan", "oracle")
+WITHOUT_TORCH = ("errors", "language", "plan", "oracle", "architecture")
 HEAVY = ("torch", "transformers")
 
 

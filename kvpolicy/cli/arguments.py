@@ -19,24 +19,25 @@ Specs = Annotated[
     list[str], typer.Argument(metavar="SPEC…", help="Policies: YAML files, names of shipped ones, or - for stdin.")
 ]
 Settings = Annotated[
-    list[str], typer.Option("--set", metavar="NAME=VALUE", help="Set a param of the policy; may be given repeatedly.")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a param of the policy; may be given repeatedly."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 ColorOption = Annotated[
     output.Color | None,
-    typer.Option("--color", help="When to colour; auto: on a terminal, unless NO_COLOR is set.", show_default="auto"),
+    typer.Option("--color", help="When to colour. The default, auto, is on a terminal, unless NO_COLOR is set."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 
-def parse_settings(items: Sequence[str]) -> dict[str, str]:
+def parse_settings(items: Sequence[str] | None) -> dict[str, str]:
     """`["budget=1k", …]` as a dict; the policy's own parser reads the values.
 
     Raises UsageError for an item without `=` and for a name set twice.
     """
     settings: dict[str, str] = {}
-    for item in items:
+    for item in items or ():
         name, equals, value = item.partition("=")
         if not (equals and name.strip() and value.strip()):
             raise UsageError(f"--set {item!r} is not NAME=VALUE, for example --set budget=1024")

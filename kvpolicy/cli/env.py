@@ -9,7 +9,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -32,24 +32,25 @@ def run(
     if json:
         output.json_object(facts)
         return
-    for topic, value in facts.items():
-        lines = value.items() if isinstance(value, dict) else [("", value)]
-        for name, item in lines:
-            output.data(f"[bold]{topic}[/]{' ' if name else ''}{name}: {escape(str(item))}")
+    rows = [(name, value) for name, value in facts.items() if isinstance(value, str)]
+    rows += [row for group in facts.values() if isinstance(group, dict) for row in group.items()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        output.data(f"[bold]{name:<{width}}[/]  {escape(value)}")
 
 
-def collect(devices: bool = False) -> dict[str, Any]:
+def collect(devices: bool = False) -> dict[str, str | dict[str, str]]:
     """Facts about this installation; `devices` adds what torch sees, which takes as long as importing torch."""
-    facts: dict[str, Any] = {
+    facts: dict[str, str | dict[str, str]] = {
         "kvpolicy": kvpolicy.__version__,
         "location": str(Path(kvpolicy.__file__).parent),
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
-        "package": packages(),
+        "packages": packages(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
     }
     if devices:
-        facts["device"] = _devices()
+        facts["devices"] = _devices()
     return facts
 
 
@@ -65,14 +66,15 @@ def packages() -> dict[str, str]:
 
 
 def _requirements() -> list[str]:
-    """Names that kvpolicy's own metadata requires, extras included."""
+    """Names of what kvpolicy's own metadata requires, the extras for building and testing it left out."""
     try:
         stated = metadata.requires("kvpolicy") or []
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         project = tomllib.loads((Path(kvpolicy.__file__).parents[1] / "pyproject.toml").read_text())["project"]
-        stated = [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]
-    names = (re.match(r"[\w.-]+", item) for item in stated)
-    return [name.group().lower() for name in names if name and name.group() != "kvpolicy"]
+        extras = project["optional-dependencies"].items()
+        stated = project["dependencies"] + [f'{item}; extra == "{name}"' for name, items in extras for item in items]
+    names = (re.match(r"[\w.-]+", item) for item in stated if not re.search(r"extra == .(test|dev)\b", item))
+    return [name.group().lower() for name in names if name]
 
 
 def _devices() -> dict[str, str]:

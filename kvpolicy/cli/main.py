@@ -18,18 +18,19 @@ from kvpolicy.cli.arguments import with_display_options
 from kvpolicy.errors import KvpolicyError
 
 VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported when the verb is used or listed
-    #"validate",
-    #"list",
-    #"schema",
+    "validate",
+    "list",
+    "schema",
     "env",
 )
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
-_EPILOG = """
-Data goes to stdout, everything else to stderr. Exit codes: 0 done · 1 a check failed · 2 usage · 3 the policy is invalid
-· 4 the model is unknown or unsupported · 5 an extra is not installed · 70 a bug · 130 interrupted.
-"""
+_EPILOG = (
+    "Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a check failed, 2 usage, 3 invalid policy, "
+    "4 unknown or unsupported model, 5 extra not installed, 70 bug, 130 interrupted.\n\n"
+    "A policy is a YAML file, the name of a shipped one (see kvpolicy list policies), or - for stdin."
+)
 
 
 class _Verbs(Mapping[str, Any]):

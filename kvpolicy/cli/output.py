@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -121,8 +122,8 @@ def json_object(payload: Mapping[str, Any]) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
     """Print rows of rich markup to stdout: ruled and fitted on a terminal, aligned and never cut elsewhere."""
     console = stdout()
-    box = {} if console.is_terminal else {"box": None}
-    grid = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, **box)  # type: ignore[arg-type]
+    ruled = box.SIMPLE_HEAD if console.is_terminal else None
+    grid = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, box=ruled)
     for index, column in enumerate(columns):
         grid.add_column(column, no_wrap=index == 0, overflow="fold")
     for row in rows:

@@ -1,0 +1,35 @@
+"""`kvpolicy schema`: the language as a JSON Schema, for editors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import output
+from kvpolicy.errors import UsageError
+from kvpolicy.language import json_schema
+
+EPILOG = (
+    "Example: kvpolicy schema -o kvpolicy.schema.json, and '# yaml-language-server: $schema=kvpolicy.schema.json' as "
+    "the first line of a policy gives completion and checks in editors."
+)
+
+
+def run(
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to FILE, not stdout.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema (draft 2020-12) of the policy language."""
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if to is None:
+        print(text, end="")
+        return
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as fault:
+        raise UsageError(f"cannot write {to}: {fault.strerror}; give a path in a folder that exists") from fault
+    output.note(f"wrote {to}")
