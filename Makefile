@@ -36,7 +36,7 @@ check: $(VENV)/.dev ## lint, formatting, and types of the installed wheel
 	$(PIP) install --quiet --no-deps --target build/check/site build/check/wheel/*.whl
 	cd build/check && MYPYPATH=site $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kvpolicy
 
-clean: ## remove everything that these targets made, $(VENV) included
+clean: ## remove everything that these targets made, .venv included
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # torch goes first and exactly: asked for as a range, it may bring a newer build and gigabytes of CUDA with it.
