@@ -1,5 +1,16 @@
 """What a policy says: the language's models, its quantities, and the errors that point into its text."""
 
+from kvpolicy.language.library import shipped_policies
+from kvpolicy.language.load import load_policy, loads_policy
+from kvpolicy.language.policy import Policy
 from kvpolicy.language.quantity import Quantity, QuantityError, Range
 
-__all__ = ["Quantity", "QuantityError", "Range"]
+__all__ = [
+    "Policy",
+    "Quantity",
+    "QuantityError",
+    "Range",
+    "load_policy",
+    "loads_policy",
+    "shipped_policies",
+]

@@ -10,10 +10,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
-
-from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
 
 from kvpolicy.language.algebra import Exact, Render, constant, fold, walk
 from kvpolicy.language.interval import Direction, Interval, Monotone, Range
@@ -35,7 +31,7 @@ class Quantity:
 
     def __post_init__(self) -> None:
         if not self.text:
-            object.__setattr__(self, "text", walk(self.tree, Render())[0])
+            object.__setattr__(self, "text", self.canonical)
 
     @classmethod
     def parse(cls, text: str) -> Quantity:
@@ -62,6 +58,11 @@ class Quantity:
     def constant(self) -> Fraction | None:
         """The value, where no name is free."""
         return Fraction(self.tree[1], self.tree[2]) if self.tree[0] == "const" else None
+
+    @property
+    def canonical(self) -> str:
+        """The tree as text: the same for every way to write it."""
+        return walk(self.tree, Render())[0]
 
     @property
     def share(self) -> bool:
@@ -100,13 +101,3 @@ class Quantity:
 
     def __str__(self) -> str:
         return self.text
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._coerce, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def _coerce(cls, value: object) -> Quantity:
-        return value if isinstance(value, Quantity) else cls.parse(str(value))

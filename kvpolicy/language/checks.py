@@ -1,0 +1,258 @@
+"""What a policy's answers must be together: pools that fill, sizes that fit, stages that do something.
+
+Every check yields complaints with the path they belong to; none needs a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from math import floor
+
+from kvpolicy.language.base import Complaint, KnownMistake
+from kvpolicy.language.definitions import IDENTIFIER, Path, Placed, walk_cycle
+from kvpolicy.language.nodes import shown
+from kvpolicy.language.policy import Policy, overridden
+from kvpolicy.language.pool import Pool
+from kvpolicy.language.quantity import Quantity
+from kvpolicy.language.scope import Scope
+from kvpolicy.language.scorer import Scorer
+from kvpolicy.language.signals import SIGNALS
+from kvpolicy.language.vocabulary import nearest
+
+
+def check(policy: Policy) -> Iterator[Placed]:
+    """Every mistake in a policy whose parts are well formed."""
+    if not policy.pools:
+        yield ("pools",), Complaint("a policy has at least one pool", f"as in `all: {Pool.EXAMPLE}`", (), "key")
+        return
+    base = list(check_pools(policy.pools))
+    for where, complaint in base:
+        yield ("pools", *where), complaint
+    known = {(where, complaint.reason) for where, complaint in base}
+    for index, override in enumerate(policy.overrides):
+        if override.pools is not None:
+            for where, complaint in check_pools(overridden(policy.pools, override.pools)):
+                if (where, complaint.reason) not in known:
+                    yield ("overrides", index, "pools", *where), complaint
+    yield from check_tests(policy)
+
+
+def check_pools(pools: Mapping[str, Pool]) -> Iterator[Placed]:
+    """The pools of some layers, as a whole and one by one."""
+    yield from check_admission(pools)
+    yield from check_transfers(pools)
+    yield from check_order(pools)
+    for name, pool in pools.items():
+        if not IDENTIFIER.fullmatch(name):
+            hint = "use letters, digits and `_`, a letter first, so that `size(…)` can name it"
+            yield (name,), Complaint(f"`{shown(name)}` cannot be a pool's name", hint, (), "key")
+        for where, complaint in (*check_sizes(pool), *check_scorers(pool)):
+            yield (name, *where), complaint
+
+
+# Who feeds whom --------------------------------------------------------------------------------------------------
+
+
+def check_admission(pools: Mapping[str, Pool]) -> Iterator[Placed]:
+    """Every token must find a pool, and every pool some tokens."""
+    taken: dict[str, str] = {}
+    fed = {pool.evict.to for pool in pools.values()}
+    for name, pool in pools.items():
+        if pool.admit is None and name not in fed:
+            near = nearest(name, pools.keys() - {name})
+            hint = "give it `admit`, or send it another pool's tokens with `evict: {to: …}`"
+            hint = f"{near} else {hint}" if near.startswith("did") else hint
+            yield (name,), Complaint(f"nothing feeds the pool `{shown(name)}`", hint, (), "key")
+        # Flagged tokens arrive in prompt or generated passes too, images in prompts.
+        rivals = {
+            kind: {"special": ("prompt", "generated"), "image": ("prompt",)}.get(kind, (kind,)) for kind in pool.admits
+        }
+        if rivals and all(kind in taken or all(rival in taken for rival in rivals[kind]) for kind in rivals):
+            first = next(taken.get(rival, "") for kind in rivals for rival in (kind, *rivals[kind]) if rival in taken)
+            reason = f"the pool `{shown(name)}` never receives a token: `{first}`, above it, takes them all"
+            yield (name, "admit"), Complaint(reason, "pools are read top-down: move it up, or admit something else")
+        for kind in pool.admits:
+            taken.setdefault(kind, name)
+    for kind in ("prompt", "generated"):
+        if kind not in taken:
+            hint = f"add `{kind}: {{admit: {kind}}}`, which keeps them all"
+            yield (), Complaint(f"no pool admits {kind} tokens", hint, (), "key")
+
+
+def check_transfers(pools: Mapping[str, Pool]) -> Iterator[Placed]:
+    """`evict: {to: pool}` must name another pool, and have something to send."""
+    for name, pool in pools.items():
+        to, where = pool.evict.to, (name, "evict", "to")
+        if to is None:
+            continue
+        if to == name:
+            yield (
+                where,
+                Complaint("a pool cannot evict to itself", "name another pool, or leave `to` out to drop tokens"),
+            )
+        elif to not in pools:
+            yield where, Complaint(f"there is no pool `{shown(to)}` to evict to", nearest(to, pools.keys() - {name}))
+        elif pool.budget is None:
+            yield where, Complaint(f"`{shown(name)}` has no budget, so it never sends anything", "give it a budget")
+
+
+def check_order(pools: Mapping[str, Pool]) -> Iterator[Placed]:
+    """Pools are updated one after another: those whose size is asked for, and those that send, come first."""
+    before: dict[str, set[str]] = {name: set() for name in pools}
+    causes: dict[tuple[str, str], Placed] = {}
+    for name, pool in pools.items():
+        for where, quantity in quantities(pool):
+            for asked in (word[5:-1] for word in quantity.names if word.startswith("size(")):
+                before[name].add(asked)
+                causes.setdefault((name, asked), ((name, *where), Complaint("")))
+        if pool.evict.to in pools and pool.evict.to != name:
+            before[str(pool.evict.to)].add(name)
+            causes.setdefault((str(pool.evict.to), name), ((name, "evict", "to"), Complaint("")))
+    try:
+        TopologicalSorter(before).prepare()
+    except CycleError as error:
+        cycle = set(error.args[1])
+        first = min(cycle, key=list(pools).index)
+        way = walk_cycle(first, before, cycle)
+        where = causes[way[0], way[1]][0]
+        reason = "pools wait for one another: " + " after ".join(f"`{name}`" for name in way)
+        hint = "`size(pool)` and `to` may only look at pools that do not depend on this one"
+        yield where, Complaint(reason, hint)
+
+
+def quantities(pool: Pool) -> Iterator[tuple[Path, Quantity]]:
+    """Every quantity of a pool that may change while text grows."""
+    for key in ("budget", "window"):
+        if getattr(pool, key) is not None:
+            yield (key,), getattr(pool, key)
+    for index, pin in enumerate(pool.pinned):
+        if pin.first is not None:
+            yield ("pinned", index, "first"), pin.first
+    if pool.read is not None:
+        yield ("read", "top"), pool.read.top
+    for where, scorer in all_scorers(pool):
+        if scorer.hit is not None and scorer.hit.top is not None:
+            yield (*where, "hit", "top"), scorer.hit.top
+
+
+# Sizes -----------------------------------------------------------------------------------------------------------
+
+
+def check_sizes(pool: Pool) -> Iterator[Placed]:
+    """Numbers that are known already must fit into each other."""
+    budget, window, page = whole(pool.budget), whole(pool.window) or 0, whole(pool.page) or 1
+    pins = [(index, whole(pin.first) or 0) for index, pin in enumerate(pool.pinned) if pin.first is not None]
+    if pool.read is not None and (whole(pool.read.top) or page) < page:
+        reason = f"reading {whole(pool.read.top)} tokens is less than one page of {page}"
+        yield ("read", "top"), Complaint(reason, f"read {page} or more")
+    if budget is None:
+        return
+    if budget < page:
+        yield ("budget",), Complaint(f"the budget ({budget}) is smaller than one page ({page})", "pages are kept whole")
+    if window > budget:
+        reason = f"the window ({window}) is larger than the budget ({budget})"
+        yield ("window",), Complaint(reason, "raise the budget, or shrink the window")
+        return
+    for index, first in pins:
+        if first + window > budget:
+            also = f" and the window ({window})" if window else ""
+            reason = f"the first {first} tokens{also} are more than the budget ({budget})"
+            yield ("pinned", index, "first"), Complaint(reason, "raise the budget, or protect fewer")
+
+
+def whole(quantity: Quantity | None) -> int | None:
+    """A number of tokens, where it is known already."""
+    return None if quantity is None or quantity.constant is None else floor(quantity.constant)
+
+
+# Scorers ---------------------------------------------------------------------------------------------------------
+
+STAGES = ("queries", "over", "heads", "smooth", "norm", "hit", "memory")
+
+
+def all_scorers(pool: Pool) -> Iterator[tuple[Path, Scorer]]:
+    """Every scorer of a pool, combined ones before their parts."""
+    if pool.scorer is not None:
+        yield from with_parts(("scorer",), pool.scorer)
+    if pool.read is not None:
+        yield from with_parts(("read", "scorer"), pool.read.scorer)
+
+
+def with_parts(where: Path, scorer: Scorer) -> Iterator[tuple[Path, Scorer]]:
+    yield where, scorer
+    key = "product" if scorer.product else "sum"
+    for index, part in enumerate(scorer.parts):
+        yield from with_parts((*where, key, index), part)
+
+
+def check_scorers(pool: Pool) -> Iterator[Placed]:
+    """Stages that could do nothing are mistakes: whoever wrote them expects an effect."""
+    for where, scorer in all_scorers(pool):
+        complaints = check_stages(scorer) if scorer.signal else check_combination(scorer)
+        for key, complaint in complaints:
+            yield (*where, key), complaint
+        if where[0] == "read":
+            for key, complaint in check_reading(scorer):
+                yield (*where, key), complaint
+    if "floor" in pool.evict.model_fields_set and pool.evict.scope != "across-heads":
+        reason = "`floor` is what heads keep when they compete"
+        yield ("evict", "floor"), Complaint(reason, "add `scope: across-heads`, or remove it", (), "key")
+
+
+def check_stages(scorer: Scorer) -> Iterator[tuple[str, Complaint]]:
+    assert scorer.signal is not None
+    given, name = scorer.model_fields_set, scorer.signal.name
+    if scorer.memory.kind in ("last-hit", "recurrence") and scorer.hit is None:
+        hint = "add `hit: {top: 50%}` or `hit: {above: …}`"
+        yield "memory", Complaint(f"`{scorer.memory.kind}` remembers hits, but nothing says what a hit is", hint)
+    signal = SIGNALS.get(name)
+    if signal is None:
+        return  # a plug-in knows best
+    for key in ("queries", "heads"):
+        if key in given and not signal.queries:
+            yield key, Complaint(f"`{name}` looks at no query, so `{key}` says nothing", "remove it", (), "key")
+    ranks = scorer.hit is not None and scorer.hit.top is not None
+    if "over" in given and name != "attention" and not ranks:
+        reason = f"`{name}` is no softmax and nothing is ranked, so `over` says nothing"
+        yield "over", Complaint(reason, "remove it, or add `hit: {top: …}`", (), "key")
+    if scorer.heads == "logits-max" and signal.queries and name != "attention":
+        yield "heads", Complaint(f"`{name}` has no softmax to go before", "write `heads: max`")
+
+
+def check_combination(scorer: Scorer) -> Iterator[tuple[str, Complaint]]:
+    kind = "sum" if scorer.sum is not None else "product"
+    if not scorer.parts:
+        yield kind, Complaint(f"a {kind} of nothing", f"as in `{kind}: [{{signal: attention}}, {{signal: recency}}]`")
+    for key in STAGES:
+        if key in scorer.model_fields_set:
+            reason = f"`{key}` belongs to a signal, and a {kind} has none of its own"
+            yield key, Complaint(reason, f"put it into the parts of the {kind}", (), "key")
+
+
+def check_reading(scorer: Scorer) -> Iterator[tuple[str, Complaint]]:
+    if scorer.memory.kind != "none":
+        yield "memory", Complaint("reading looks at this pass alone and remembers nothing", "remove it", (), "key")
+    if scorer.queries.kind == "last":
+        yield "queries", Complaint("reading looks at this pass's query alone", "remove it", (), "key")
+
+
+# Tests -----------------------------------------------------------------------------------------------------------
+
+
+def check_tests(policy: Policy) -> Iterator[Placed]:
+    """What a test sets must be a param, and its value readable."""
+    scope = Scope({name: param.value for name, param in policy.params.items()}, pools=frozenset(policy.pools))
+    for index, test in enumerate(policy.tests):
+        for name, value in test.set.items():
+            where: Path = ("tests", index, "set", name)
+            if name not in policy.params:
+                hint = nearest(name, policy.params) or "this policy has no params"
+                yield where, Complaint(f"there is no param `{shown(name)}` to set", hint, (), "key")
+                continue
+            try:
+                scope.resolve(str(value))
+            except KnownMistake:
+                continue
+            except Complaint as complaint:
+                yield where, complaint
