@@ -41,8 +41,8 @@ def make_plan(
     low, high = (prompt, prompt) if isinstance(prompt, int) else prompt
     if batch < 1 or low < 0 or high < low or max_new_tokens < 0 or turns < 1:
         raise UsageError(
-            f"a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; got batch "
-            f"{batch}, turns {turns}, prompt {low}..{high}, max_new_tokens {max_new_tokens}"
+            "a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; "
+            f"got batch {batch}, turns {turns}, prompt {low}..{high}, max_new_tokens {max_new_tokens}"
         )
     lengths = Lengths((low, high), max_new_tokens, turns)
     layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
@@ -107,9 +107,9 @@ def _effective(pools: tuple[PoolPlan, ...]) -> tuple[PoolPlan, ...]:
 def _plan_pool(policy: Policy, name: str, pool: Pool, known: Known) -> PoolPlan:
     first = next((pin.count for pin in pool.pinned if pin.kind == "first"), None)
     pins = {pin.kind for pin in pool.pinned}
-    every = (
-        0 if pool.update.kind == "prompt-end" else _whole(policy, pool.update.every, known, f"{name}: update every", 1)
-    )
+    every = 0
+    if pool.update.kind != "prompt-end":
+        every = _whole(policy, pool.update.every, known, f"{name}: update every", 1)
     return PoolPlan(
         name=name,
         admits=pool.admits,

@@ -193,14 +193,17 @@ class PoolPolicy:
 
 
 def readings(state: LayerState, clocks: Clocks) -> dict[str, Whole]:
-    """What the expressions of a layer read: row clocks [B, 1], sizes [B, K]."""
-    values: dict[str, Whole] = {
-        "t": clocks.t[:, None],
-        "prompt_len": clocks.prompt_len[:, None],
-        "context": (clocks.prompt_len + clocks.t)[:, None],
-    }
+    """What the expressions of a layer read, and nothing else: row clocks [B, 1], sizes [B, K]."""
+    values: dict[str, Whole] = {}
+    if "t" in state.names_read:
+        values["t"] = clocks.t[:, None]
+    if "prompt_len" in state.names_read:
+        values["prompt_len"] = clocks.prompt_len[:, None]
+    if "context" in state.names_read:
+        values["context"] = (clocks.prompt_len + clocks.t)[:, None]
     for pool in state.plan.pools:
-        values[f"seen({pool.name})"] = clocks.streams[pool.stream].seen[:, None]
+        if f"seen({pool.name})" in state.names_read:
+            values[f"seen({pool.name})"] = clocks.streams[pool.stream].seen[:, None]
         if pool.size_read:
             values[f"size({pool.name})"] = state.tensors[f"{pool.name}.size"]
     return values
