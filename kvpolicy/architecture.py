@@ -1,0 +1,103 @@
+"""Which model families kvpolicy can patch, and which of their layers a policy may touch. Imports no torch.
+
+A family is one file in `patches/` that states facts in an `Architecture` and copies no forward. Third parties register
+theirs under the entry-point group `kvpolicy.architectures`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from kvpolicy.errors import ModelError
+
+GROUP = "kvpolicy.architectures"
+
+
+def full_attention(config: Any) -> tuple[int, ...]:
+    """Decoder layers that attend to the whole text, by index, read as transformers reads its own configs.
+
+    `layer_types` names each layer's kind where a config has it; without it, a `sliding_window` holds for every layer.
+    """
+    layers = range(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return tuple(index for index in layers if kinds[index] == "full_attention")
+    return () if getattr(config, "sliding_window", None) is not None else tuple(layers)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The facts about one family of decoders.
+
+    model_types: transformers' names for it, as in `config.model_type`.
+    covers: published models that are of it, for the reader.
+    layers: where the base model keeps its list of decoder layers.
+    attention: where a decoder layer keeps its attention module.
+    governs: config -> the decoder layers whose cache a policy may own; the policy numbers its layers over these.
+    way_out: what to do about a config some of whose layers are not among them.
+    """
+
+    model_types: tuple[str, ...]
+    covers: str
+    layers: str = "layers"
+    attention: str = "self_attn"
+    governs: Callable[[Any], tuple[int, ...]] = full_attention
+    way_out: str = ""
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """Every supported architecture by `model_type`, shipped ones first.
+
+    Raises:
+        ModelError: two files claim one model type, or a file or plug-in cannot be read; both owners are named.
+    """
+    found: dict[str, Architecture] = {}
+    owners: dict[str, str] = {}
+    for owner, architecture in (*_shipped(), *_plugged_in()):
+        if not isinstance(architecture, Architecture):
+            raise ModelError(f"{owner} must be a kvpolicy.architecture.Architecture, not {type(architecture).__name__}")
+        for model_type in architecture.model_types:
+            if model_type in found:
+                raise ModelError(f"two architectures claim model type '{model_type}': {owners[model_type]} and {owner}")
+            found[model_type], owners[model_type] = architecture, owner
+    return found
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The architecture of a `config.model_type`.
+
+    Raises:
+        ModelError: no file in `patches/` and no plug-in states it; the supported ones are named.
+    """
+    known = architectures()
+    if model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(model_type, known, n=1)
+    raise ModelError(
+        f"kvpolicy cannot patch models of type '{model_type}'{f' (close to {near[0]})' if near else ''}; it knows "
+        f"{', '.join(sorted(known))}. A new family is one file in patches/, or an entry point of group {GROUP}"
+    )
+
+
+def _shipped() -> Iterator[tuple[str, Any]]:
+    patches = import_module("kvpolicy.patches")
+    for entry in sorted(pkgutil.iter_modules(patches.__path__), key=lambda entry: entry.name):
+        owner = f"kvpolicy.patches.{entry.name}"
+        yield f"{owner}.ARCHITECTURE", getattr(import_module(owner), "ARCHITECTURE", None)
+
+
+def _plugged_in() -> Iterator[tuple[str, Any]]:
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        owner = f"entry point {entry.name} = {entry.value}"
+        try:
+            yield owner, entry.load()
+        except Exception as error:
+            raise ModelError(f"{owner} of group {GROUP} cannot be loaded: {error}; fix or uninstall it") from error
