@@ -1,0 +1,16 @@
+"""The seam: a policy's cache under the attention of a stock Hugging Face model, and nothing else replaced."""
+
+from kvpolicy.patching.patch import Patch, applied, apply, cache_for, compile_report, patch_of, remove
+from kvpolicy.patching.saving import from_pretrained, recorded_policy
+
+__all__ = [
+    "Patch",
+    "applied",
+    "apply",
+    "cache_for",
+    "compile_report",
+    "from_pretrained",
+    "patch_of",
+    "recorded_policy",
+    "remove",
+]

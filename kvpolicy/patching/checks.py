@@ -1,0 +1,100 @@
+"""Everything `apply` checks before its first change to a model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpolicy.architecture import Architecture, architecture_of
+from kvpolicy.errors import ModelError, UsageError
+from kvpolicy.language import Policy
+from kvpolicy.patching.hooks import LayerHook, ModelHook
+from kvpolicy.plan import ModelGeometry, check_supported, make_plan
+
+
+def check_model(model: Any) -> Architecture:
+    """Whether this object can be patched at all; returns the architecture it is of.
+
+    Raises:
+        UsageError: it is not a plain transformers model, or carries a policy already.
+        ModelError: its architecture, its layers or where its weights lie are not supported.
+    """
+    if not isinstance(model, PreTrainedModel):
+        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") or hasattr(model, "get_base_model") else ""
+        raise UsageError(f"kvpolicy.apply takes a transformers model, not a {type(model).__name__}{wrapped}")
+    if any(_is_patched(module) for module in model.modules()):
+        raise UsageError("this model carries a policy already; call kvpolicy.remove(model) first")
+    architecture = architecture_of(model.config.model_type)
+    _check_devices(model)
+    _check_layers(model, architecture)
+    return architecture
+
+
+def check_policy(policy: Policy, geometry: ModelGeometry) -> None:
+    """Refuse a policy that cannot run on this shape, with a one-token prompt to leave lengths out of it."""
+    check_supported(make_plan(policy, geometry, prompt=1, max_new_tokens=1024))
+
+
+def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+    """The decoder layers of a model, first to last."""
+    return list(model.base_model.get_submodule(architecture.layers))  # type: ignore[arg-type]
+
+
+def _is_patched(module: nn.Module) -> bool:
+    return any(isinstance(hook, ModelHook | LayerHook) for hook in module._forward_pre_hooks.values())
+
+
+def _check_devices(model: PreTrainedModel) -> None:
+    mapped = (getattr(model, "hf_device_map", None) or {}).values()  # offloaded weights may lie elsewhere for a while
+    places = {str(parameter.device) for parameter in model.parameters()} | {"cpu", "disk"}.intersection(
+        map(str, mapped)
+    )
+    if "meta" in places or "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ModelError(
+            "parts of this model are offloaded to the CPU or the disk, and its cache would follow no layer there; load "
+            "it on one device (device_map={'': 0}), in a smaller dtype or quantised if it does not fit"
+        )
+    if len(places) > 1:
+        raise ModelError(
+            f"this model is spread over {', '.join(sorted(places))}, and a policy's cache lies on one device; load it "
+            "with device_map={'': 0}"
+        )
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ModelError("this model runs tensor-parallel, which kvpolicy cannot patch yet; load it without tp_plan")
+
+
+def _check_layers(model: PreTrainedModel, architecture: Architecture) -> None:
+    config, name = model.base_model.config, type(model).__name__
+    try:
+        layers = decoder_layers(model, architecture)
+    except AttributeError:
+        layers = []
+    if len(layers) != config.num_hidden_layers:
+        raise ModelError(
+            f"{name} says it has {config.num_hidden_layers} decoder layers, and {len(layers)} were found at "
+            f"'{architecture.layers}'; is it built by other code than transformers' own?"
+        )
+    for layer in layers:
+        attention = getattr(layer, architecture.attention, None)
+        if not (attention is not None and _passes_keywords(layer) and _passes_keywords(attention)):
+            raise ModelError(
+                f"the decoder layers of {name} do not pass keywords on to '{architecture.attention}', as transformers' "
+                "own do; load the model without trust_remote_code"
+            )
+    if not model._supports_attention_backend:
+        raise ModelError(f"{name} does not call its attention through transformers' attention interface")
+    left_out = sorted(set(range(len(layers))) - set(architecture.governs(config)))
+    if left_out:
+        which = "all layers" if len(left_out) == len(layers) else f"layers {', '.join(map(str, left_out))}"
+        raise ModelError(
+            f"{which} of this {config.model_type} model attend through a sliding window of "
+            f"{getattr(config, 'sliding_window', None)} tokens, which no policy can govern yet; {architecture.way_out}"
+        )
+
+
+def _passes_keywords(module: nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -1,0 +1,117 @@
+"""What `apply` hangs on a model: hooks that open each pass and hand each decoder layer its cache layer.
+
+All are instances of module-level classes and hold no closure, so a patched model can be pickled and deep-copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpolicy.errors import CacheError, ModelError
+from kvpolicy.patching.attention import newest_validity
+from kvpolicy.runtime import PolicyCache
+
+
+@dataclass(frozen=True)
+class ModelHook:
+    """Opens every pass over a policy's cache, before the base model runs.
+
+    `implementation` is the attention that `apply` put into the config; `layers` how many decoder layers it governs.
+    """
+
+    implementation: str
+    layers: int
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = _by_name(model, args, kwargs)
+        cache = given.get("past_key_values")
+        if not isinstance(cache, PolicyCache):
+            return None
+        self._open(model, cache, given)
+        return (), given
+
+    @torch.compiler.disable(
+        reason="kvpolicy opens each pass on the host; use kvpolicy.apply(model, policy, compile=True)"
+    )
+    def _open(self, model: nn.Module, cache: PolicyCache, given: dict[str, Any]) -> None:
+        """Tell the cache what is coming, and leave nothing in the arguments that grows."""
+        inputs: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        self._check(model, cache, inputs.shape[0], given)
+        seen, columns = cache.get_seq_length(), inputs.shape[1]
+        cache.begin(columns, newest_validity(given.get("attention_mask"), columns))
+        if given.get("position_ids") is None:  # what the model would count itself, had the pass not been opened yet
+            given["position_ids"] = torch.arange(seen, seen + columns, device=inputs.device)[None]
+        # The cache knows what is padding and what is causal. A 4-D mask passes through transformers untouched, so
+        # neither the growing 2-D mask nor an N x N one is ever made; nothing reads this one.
+        given["attention_mask"] = inputs.new_empty((1, 1, 1, 1), dtype=torch.bool)
+
+    def _check(self, model: nn.Module, cache: PolicyCache, rows: int, given: dict[str, Any]) -> None:
+        implementation = model.config._attn_implementation  # type: ignore[union-attr]
+        if implementation != self.implementation:
+            raise ModelError(
+                f"the attention implementation was changed to '{implementation}' after kvpolicy.apply, which bypasses "
+                "the policy; call kvpolicy.remove(model), set it, then apply again"
+            )
+        if len(cache.layers) != self.layers or cache.plan.batch != rows:
+            raise CacheError(
+                f"this cache was made for {cache.plan.batch} rows and {len(cache.layers)} layers, but the pass has "
+                f"{rows} rows and the model {self.layers} layers; make one with kvpolicy.cache_for(model, batch={rows})"
+            )
+        if cache.moment.kind is not None:
+            raise CacheError(
+                "the last pass over this cache failed halfway, so its layers disagree about what they have seen; call "
+                "cache.reset() and start over"
+            )
+        if given.get("output_attentions"):
+            raise ModelError("no attention maps exist under a policy's cache; drop output_attentions=True")
+        if model.training and getattr(model, "gradient_checkpointing", False):
+            raise ModelError("gradient checkpointing runs layers twice, which a cache cannot undo; call model.eval()")
+
+
+def close_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After the base model ran: a pass that nobody opens again fails from here on, instead of running on old clocks."""
+    cache = _by_name(model, args, kwargs).get("past_key_values")
+    if isinstance(cache, PolicyCache):
+        _close(cache)
+
+
+@torch.compiler.disable
+def _close(cache: PolicyCache) -> None:
+    cache.finish()
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the base model, all by name."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:] if args else ()
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@dataclass(frozen=True)
+class LayerHook:
+    """Hands a decoder layer its layer of a policy's cache, past transformers' own cache protocol.
+
+    The attention then skips `Cache.update`, and `kv_layer` reaches the attention function through the keywords that
+    every module on the way passes on. Nothing reads `layer_idx`, so layers of equal shape can share one graph.
+    """
+
+    index: int
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PolicyCache):
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if hidden.requires_grad:
+            raise CacheError(
+                "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
+            )
+        return args, {**kwargs, "past_key_values": None, "kv_layer": cache.layers[self.index]}

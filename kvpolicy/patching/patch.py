@@ -1,0 +1,167 @@
+"""Apply a policy to a model, and take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvpolicy.errors import UsageError
+from kvpolicy.language import Policy, load_policy
+from kvpolicy.patching.attention import PREFIX, register
+from kvpolicy.patching.caches import CacheBuilder, build_cache
+from kvpolicy.patching.changes import Journal
+from kvpolicy.patching.checks import check_model, check_policy, decoder_layers
+from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
+from kvpolicy.plan import ModelGeometry
+from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
+
+ATTRIBUTE = "_kvpolicy"
+FORMAT = 1  # of config.kv_policy
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass
+class Patch:
+    """What `apply` did to one model; it lives on the model, as its only new attribute with a name of ours.
+
+    `compiler` is None where steps run eagerly.
+    """
+
+    policy: Policy
+    geometry: ModelGeometry
+    previous: str
+    compiler: StepCompiler | None
+    journal: Journal
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(self.previous)  # a model may be unpickled in a process where nothing was applied yet
+
+
+def apply(model: Model, policy: str | Path | Policy, *, compile: bool | str | None = None, **params: object) -> Model:
+    """Put a policy under the attention of a model; from then on `generate` builds the policy's cache by itself.
+
+    Only this instance changes: not its class, not another model, not its weights. With any other cache it behaves as
+    before. `remove` undoes it; `save_pretrained` records the policy in the config.
+
+    Args:
+        policy: the name of a shipped policy, the path of a YAML file, or a loaded Policy.
+        compile: run generated steps through torch.compile, one graph per kind of step and layer shape; a string names
+            the backend (inductor by default); None: on CUDA only.
+        params: values for the policy's params, as `--set` gives them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError, ModelError, PolicyError: it cannot be done, and why; the model is then as it was.
+    """
+    architecture = check_model(model)
+    policy = _resolve(policy, params)
+    dtype = str(model.dtype).removeprefix("torch.")
+    geometry = ModelGeometry.from_config(model.base_model.config, dtype)
+    check_policy(policy, geometry)
+    wanted = model.device.type == "cuda" if compile is None else compile
+    compiler = StepCompiler(wanted if isinstance(wanted, str) else "inductor") if wanted else None
+    previous = (model.base_model.config._attn_implementation or "eager").removeprefix(PREFIX)
+    patch = Patch(policy, geometry, previous, compiler, Journal())
+    try:
+        _change(model, patch, decoder_layers(model, architecture))
+    except BaseException:
+        patch.journal.undo()
+        raise
+    return model
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Take a policy off a model: every change is undone, and the model is what it was, object for object.
+
+    Raises:
+        UsageError: the model carries no policy.
+    """
+    patch_of(model).journal.undo()
+
+
+@contextmanager
+def applied(
+    model: Model, policy: str | Path | Policy, *, compile: bool | str | None = None, **params: object
+) -> Iterator[Model]:
+    """`apply` for the length of a `with` block; the policy comes off also when the block raises."""
+    apply(model, policy, compile=compile, **params)
+    patch = patch_of(model)
+    try:
+        yield model
+    finally:
+        patch.journal.undo()
+
+
+def cache_for(
+    model: PreTrainedModel, *, prompt: int | tuple[int, int], max_new_tokens: int, batch: int = 1, turns: int = 1
+) -> PolicyCache:
+    """A fresh cache to pass as `past_key_values` where the model is called without `generate`.
+
+    Args:
+        prompt: prompt tokens of a row, or the (fewest, most) of a ragged batch; over all turns.
+        max_new_tokens: generated tokens of a row, over all turns.
+        batch: rows.
+        turns: prompt turns the cache will see.
+    """
+    patch = patch_of(model)
+    return build_cache(model, patch, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch, turns=turns)
+
+
+def compile_report(model: PreTrainedModel) -> CompileReport:
+    """What torch.compile did for this model's steps so far: graphs, graph breaks, recompiles. All 0 where it is off."""
+    compiler = patch_of(model).compiler
+    return CompileReport() if compiler is None else compiler.report
+
+
+def patch_of(model: PreTrainedModel) -> Patch:
+    """The patch a model carries.
+
+    Raises:
+        UsageError: it carries none.
+    """
+    patch = model.__dict__.get(ATTRIBUTE)
+    if patch is None:
+        raise UsageError("this model carries no policy; call kvpolicy.apply(model, policy) first")
+    return patch
+
+
+def _resolve(policy: str | Path | Policy, params: dict[str, object]) -> Policy:
+    if isinstance(policy, Policy):
+        return policy.bind(**params) if params else policy
+    return load_policy(policy, set=params)
+
+
+def _config_of(module: Any) -> PreTrainedConfig | None:
+    config = module.__dict__.get("config")
+    return config if isinstance(config, PreTrainedConfig) else None
+
+
+def _change(model: PreTrainedModel, patch: Patch, layers: list[Any]) -> None:
+    """The changes, all of them, each through the journal."""
+    journal, policy = patch.journal, patch.policy
+    name = register(patch.previous)
+    journal.set(model, ATTRIBUTE, patch)
+    base = model.base_model
+    journal.own_configs(model)
+    for config in {id(config): config for config in map(_config_of, base.modules()) if config is not None}.values():
+        journal.set(config, "_attn_implementation_internal", name)
+    recorded = {"format": FORMAT, "name": policy.name, "digest": policy.digest, "yaml": policy.to_yaml()}
+    journal.set(model.config, "kv_policy", recorded)
+    journal.before(base, ModelHook(name, len(layers)))
+    journal.after(base, close_pass)
+    for index, layer in enumerate(layers):
+        journal.before(layer, LayerHook(index))
+        if patch.compiler is not None:
+            journal.set(layer, "forward", CompiledForward(layer, patch.compiler))
+    if model.can_generate():
+        journal.set(model, "_prepare_cache_for_generation", CacheBuilder(model, patch))

@@ -1,0 +1,176 @@
+"""Compile the decoder layer, not the model: one graph per kind of step, shared by all layers of equal shape.
+
+Prompt passes are eager. Each (layer shape, kind of step, state of torch) has its own compiled object that may compile
+once: a second graph raises, where torch would fall back to eager in silence after a few.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from kvpolicy.errors import ModelError
+from kvpolicy.plan import LayerPlan
+
+# torch 2.13 and later: without it the limit is held by our backend alone.
+_LIMIT = {"recompile_limit": 1} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What torch.compile did: `graphs` compiled, `graph_breaks` met, and `recompiles` of a graph that existed."""
+
+    graphs: int = 0
+    graph_breaks: int = 0
+    recompiles: int = 0
+
+
+class StepCompiler:
+    """The compiled decoder layers of one model.
+
+    backend: as torch.compile takes it. Copies and pickles start empty: compiled code belongs to a process.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.backend = backend
+        self._steps: dict[Hashable, CompiledStep] = {}
+        self._shapes: dict[LayerPlan, int] = {}
+        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan, int]] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepCompiler, (self.backend,)
+
+    @property
+    def report(self) -> CompileReport:
+        """Counts over every step compiled so far."""
+        graphs = sum(step.graphs for step in self._steps.values())
+        started = sum(step.graphs > 0 for step in self._steps.values())
+        return CompileReport(graphs, sum(step.breaks for step in self._steps.values()), graphs - started)
+
+    def step(self, layer: nn.Module, kv_layer: Any) -> CompiledStep:
+        """The compiled object for this layer and this pass.
+
+        Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
+        """
+        key = (
+            type(layer),
+            self._shape(kv_layer),
+            kv_layer.moment.kind,
+            layer.training,
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(),
+        )
+        if key not in self._steps:
+            self._steps[key] = CompiledStep(
+                f"{type(layer).__name__}_{kv_layer.moment.kind}_{len(self._steps)}", self.backend
+            )
+        return self._steps[key]
+
+    def _shape(self, kv_layer: Any) -> int:
+        """Layers whose plans differ in their index alone have one shape. Comparing plans is slow: once per cache."""
+        known = self._shape_of.get(kv_layer)
+        if known is None or known[0] is not kv_layer.plan:
+            shape = self._shapes.setdefault(replace(kv_layer.plan, index=0), len(self._shapes))
+            self._shape_of[kv_layer] = known = (kv_layer.plan, shape)
+        return known[1]
+
+
+class CompiledStep:
+    """One compiled decoder layer; calling it a second time with what its guards refuse raises a ModelError."""
+
+    def __init__(self, name: str, backend: str | Callable[..., Any]) -> None:
+        self.name, self.graphs, self.breaks = name, 0, 0
+        self._backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        # dynamo keeps graphs by code object: a copy has its own, so no other model's graphs count against its limit.
+        code = decoder_step.__code__.replace(co_name=name)
+        function = types.FunctionType(code, decoder_step.__globals__, name)
+        self._compiled = torch.compile(function, backend=self._compile, fullgraph=True, dynamic=False, **_LIMIT)
+
+    def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if self.graphs:
+            return self._run(layer, hidden_states, arguments)
+        before = sum(counters["graph_break"].values())
+        try:
+            return self._run(layer, hidden_states, arguments)
+        finally:
+            self.breaks += sum(counters["graph_break"].values()) - before
+
+    def _run(self, *arguments: Any) -> Tensor:
+        try:
+            return self._compiled(*arguments)
+        except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.BackendCompilerFailed) as error:
+            if not self.graphs:
+                raise
+            raise ModelError(
+                f"{self.name} would need a second graph: something changed that its first one took for fixed. Run with "
+                "TORCH_LOGS=recompiles to see what, or apply the policy with compile=False"
+            ) from error
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+        self.graphs += 1
+        if self.graphs > 1:
+            raise RuntimeError(f"{self.name} compiled twice")
+        return self._backend(graph, inputs, **options)
+
+
+def decoder_step(layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The region that is compiled: one decoder layer, as its class defines it."""
+    return type(layer).forward(layer, hidden_states, **arguments)
+
+
+class CompiledForward:
+    """Stands in for `forward` on one decoder layer: compiled for generated steps over a policy's cache, else as before.
+
+    A callable object and not a closure, so that the layer can be pickled and deep-copied.
+    """
+
+    def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
+        self.layer, self.compiler = layer, compiler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kv_layer = kwargs.get("kv_layer")
+        if kv_layer is None or kv_layer.moment.kind == "prompt":
+            return type(self.layer).forward(self.layer, *args, **kwargs)
+        hidden_states = args[0] if args else kwargs.pop("hidden_states")
+        rows = hidden_states.shape[0]
+        step = self.compiler.step(self.layer, kv_layer)
+        return step(self.layer, _canonical(hidden_states, rows), _step_arguments(kwargs, rows))
+
+
+def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The keywords of a decoder layer in one fixed form, whoever called the model.
+
+    `position_ids` are dropped: a decoder layer reads the rotation only, and a caller may leave them out.
+    """
+    cos, sin = kwargs["position_embeddings"]
+    return {
+        "attention_mask": None,
+        "position_embeddings": (_canonical(cos, rows), _canonical(sin, rows)),
+        "past_key_values": None,
+        "kv_layer": kwargs["kv_layer"],
+    }
+
+
+def _canonical(tensor: Tensor, rows: int) -> Tensor:
+    """The same numbers, one row per sequence, with the strides of a fresh tensor.
+
+    A graph is guarded by strides, also those of a dimension of size 1: a view such as `ids[:, -1:]` would cost a second
+    graph, and so would positions that are given once for all rows.
+    """
+    if tensor.shape[0] != rows:
+        tensor = tensor.expand(rows, *tensor.shape[1:])
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        expected *= size
+    return tensor
