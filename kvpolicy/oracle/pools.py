@@ -1,0 +1,137 @@
+"""Pools as lists of pages: who enters, what is stored in few bits, how heads share a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import numpy as np
+
+from kvpolicy.oracle.text import Array, Page
+from kvpolicy.plan import LayerPlan, PoolPlan, StorePlan
+
+
+@dataclass
+class Pool:
+    """One pool of one KV head; ``pages`` in order of arrival. ``fed``: another pool moves its units here."""
+
+    plan: PoolPlan
+    fed: bool
+    pages: list[Page] = field(default_factory=list)
+    open: bool = False
+    seen: int = 0
+    size: int = 0
+    stored: set[tuple[str, int]] = field(default_factory=set)
+
+    def enter(self, position: int, t: int) -> None:
+        """Admit one token: into the open page, or into a new one."""
+        if not self.open or len(self.pages[-1].positions) == self.plan.page:
+            self.pages.append(Page(entered=t))
+        self.open = True
+        self.pages[-1].positions.append(position)
+        self.pages[-1].ordinals.append(self.seen)
+        self.seen += 1
+
+    def positions(self) -> frozenset[int]:
+        return tokens_of(self.pages)
+
+    def protected(self, first: int, window: int, special: Sequence[bool]) -> Array:
+        """Which pages are safe [pages] bool: a page is if any of its tokens is, and so is the newest (page > 1)."""
+        held = {position: rank for rank, position in enumerate(sorted(self.positions()))} if self.fed else {}
+        arrived = len(held) if self.fed else self.seen
+
+        def safe(page: Page) -> bool:
+            places = [held[position] for position in page.positions] if self.fed else page.ordinals
+            return (
+                any(place < first or place >= arrived - window for place in places)
+                or (self.plan.pin_special and any(special[position] for position in page.positions))
+                or (self.plan.pin_survivors and page.survivor)
+                or (self.plan.page > 1 and page is self.pages[-1])
+            )
+
+        return np.array([safe(page) for page in self.pages], dtype=bool)
+
+    def take(self, gone: Collection[Page]) -> None:
+        """Let these pages go."""
+        ids = {id(page) for page in gone}
+        self.pages = [page for page in self.pages if id(page) not in ids]
+
+    def copy(self) -> Pool:
+        return replace(self, pages=[page.copy() for page in self.pages], stored=set(self.stored))
+
+    def store(self, what: str, vectors: Array) -> None:
+        """Round the pool's "keys" or "values" among ``vectors`` [T, D], in place, each once: when its group is full."""
+        plan = self.plan.store
+        if plan is None:
+            return
+        tokens = sorted(token for page in self.pages for token in zip(page.ordinals, page.positions, strict=True))
+        waiting = [(ordinal, position) for ordinal, position in tokens if (what, position) not in self.stored]
+        if (plan.keys if what == "keys" else plan.values) == "token":
+            for _, position in waiting:
+                vectors[position] = rounded_token(vectors[position], plan)
+            done = [position for _, position in waiting]
+        else:
+            done = []
+            for number, members in groupby(waiting, key=lambda token: token[0] // plan.group):
+                if self.seen >= (number + 1) * plan.group:
+                    block = [position for _, position in members]
+                    vectors[block] = rounded(vectors[block], plan.bits)
+                    done += block
+        self.stored |= {(what, position) for position in done}
+
+
+def tokens_of(pages: Sequence[Page]) -> frozenset[int]:
+    return frozenset(position for page in pages for position in page.positions)
+
+
+def rounded_token(vector: Array, plan: StorePlan) -> Array:
+    """Groups of neighbouring channels of one token."""
+    groups = [vector[start : start + plan.group] for start in range(0, len(vector), plan.group)]
+    return np.concatenate([rounded(group, plan.bits) for group in groups])
+
+
+def rounded(numbers: Array, bits: int) -> Array:
+    """To the nearest of 2^bits levels from the least to the greatest along the first axis."""
+    low, high = numbers.min(axis=0), numbers.max(axis=0)
+    step = np.where(high > low, (high - low) / (2**bits - 1), 1.0)
+    return low + np.rint((numbers - low) / step) * step
+
+
+def new_pools(layer: LayerPlan, head: int) -> dict[str, Pool]:
+    """The empty pools of one KV head, in reading order."""
+    plans = layer.pools if layer.heads is None else layer.heads[head]
+    fed = {plan.to for plan in plans}
+    return {plan.name: Pool(plan, plan.name in fed) for plan in plans}
+
+
+def update_order(plans: Sequence[PoolPlan]) -> list[str]:
+    """Names of pools such that whatever feeds a pool, or is named in its quantities, is updated before it."""
+    before: dict[str, set[str]] = {plan.name: set() for plan in plans}
+    for plan in plans:
+        if plan.to is not None:
+            before[plan.to].add(plan.name)
+        names = {name for quantity in plan.quantities() for name in quantity.names if name.startswith("size(")}
+        before[plan.name] |= {name[len("size(") : -1] for name in names} - {plan.name}
+    order: list[str] = []
+    while len(order) < len(before):
+        order.append(next(name for name in before if name not in order and before[name] <= set(order)))
+    return order
+
+
+def share_out(
+    pools: Mapping[int, Pool], safe: Mapping[int, Array], scores: Mapping[int, Array], room: Mapping[int, int]
+) -> dict[int, int]:
+    """Ada-KV: how many candidates stay in each head, when all heads' candidates compete for all heads' room (4.8)."""
+    ranking = sorted(
+        (float(scores[head][index]), page.position, head)
+        for head, pool in pools.items()
+        for index, page in enumerate(pool.pages)
+        if not safe[head][index]
+    )
+    winners = [head for _, _, head in ranking[max(0, len(ranking) - sum(room.values())) :]]
+    stay = {}
+    for head, pool in pools.items():
+        mixed = (1 - pool.plan.floor) * winners.count(head) + pool.plan.floor * room[head]
+        stay[head] = int((2 * mixed + 1) // 2)  # round half up
+    return stay

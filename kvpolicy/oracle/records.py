@@ -1,0 +1,71 @@
+"""What the oracle tells of a pass. Tokens and units go by their positions (a unit by that of its first token)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why an update dropped what it dropped in one pool of one KV head.
+
+    ``scores`` are the candidates'; ``lowest`` is what they say must go, ``dropped`` what went: these differ only after
+    ``Oracle.adopt``.
+    """
+
+    budget: int
+    scores: dict[int, float]
+    protected: frozenset[int]
+    lowest: frozenset[int]
+    dropped: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PoolStep:
+    """One pool of one KV head after a pass: positions of tokens, and the positions that each unit holds.
+
+    ``evicted`` left the pool in this pass; ``choice`` is None where the pool was not updated or has no budget.
+    """
+
+    kept: frozenset[int]
+    evicted: frozenset[int]
+    protected: frozenset[int]
+    read: frozenset[int]
+    units: dict[int, tuple[int, ...]]
+    size: int
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """How a leaf (number ``leaf`` of the pool's scorer) decided its hits in one pass; ``bar`` is None for ``top``."""
+
+    head: int
+    pool: str
+    leaf: int
+    scores: dict[int, float]
+    hits: frozenset[int]
+    bar: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of one row in one layer.
+
+    Per KV head h: ``heads[h]`` its pools by name, ``attended[h]`` the positions resident while attending, and
+    ``probabilities[h]`` [G, N, attended] their attention. ``output`` [N, Q, D] is None where no values were given.
+    """
+
+    layer: int
+    row: int
+    kind: str
+    t: int
+    prompt_len: int
+    updated: bool
+    heads: list[dict[str, PoolStep]]
+    hits: list[Hit]
+    attended: list[np.ndarray]
+    probabilities: list[np.ndarray]
+    output: np.ndarray | None

@@ -1,0 +1,156 @@
+"""The signals, from queries and keys to one number per unit of a KV head. Higher is better.
+
+A token signal is a function (view, leaf, over, ranked) -> [G, queries, tokens], or [tokens] where queries play no part:
+``over`` [tokens] bool is the softmax's domain, ``ranked`` [tokens] bool are the tokens of the units to be scored. A
+unit signal is a function (view, leaf, pages) -> [G, queries, pages] or [pages]. What has queries and heads is then
+reduced over them, and the tokens of a page to their maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvpolicy.oracle.text import Array, Page, View
+from kvpolicy.plan import ScorerPlan
+
+TokenSignal = Callable[[View, ScorerPlan, Array, Array], Array]
+UnitSignal = Callable[[View, ScorerPlan, Sequence[Page]], Array]
+
+
+def softmax(logits: Array) -> Array:
+    """Over the last axis; all zeros where a query sees nothing."""
+    top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(logits - np.where(np.isfinite(top), top, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / np.where(total == 0, 1.0, total)
+
+
+def attention(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    """Probabilities of each query over the tokens it may see."""
+    logits = view.logits(view.asked(leaf.queries))
+    if leaf.heads == "logits-max":
+        logits = logits.max(axis=0, keepdims=True)
+    return softmax(np.where(over, logits, -np.inf))
+
+
+def attention_logit(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    logits = view.logits(view.asked(leaf.queries))
+    return np.where(np.isfinite(logits), logits, 0.0)
+
+
+def key_norm(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    return np.linalg.norm(view.keys(), axis=-1)
+
+
+def value_norm(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    return np.linalg.norm(view.values(), axis=-1)
+
+
+def key_anchor(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    """KeyDiff: cosine with the mean direction of the pool's keys (methods.md 5.5)."""
+    keys = _unit_length(view.keys())
+    return keys @ _unit_length(keys[ranked].mean(axis=0))
+
+
+def key_similarity(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    """R-KV's redundancy: how much a token resembles the others on average (methods.md 5.1)."""
+    above = float(dict(leaf.args)["above"])
+    keys = _unit_length(view.keys()[ranked])
+    cosines = keys @ keys.T
+    np.fill_diagonal(cosines, 0.0)
+    for row in cosines:
+        alike = np.flatnonzero(row > above)
+        if len(alike):  # the newest copy is the one to keep
+            row[alike[-1]] = 0.0
+    redundancy = np.zeros(len(view.tokens))
+    redundancy[ranked] = cosines.mean(axis=0)
+    return redundancy
+
+
+def page_bound(view: View, leaf: ScorerPlan, pages: Sequence[Page]) -> Array:
+    """Quest's upper bound on a page's logits from the box of its keys (methods.md 4.3), scaled."""
+    queries = view.asked(leaf.queries)
+    columns, starts = view.columns(pages)
+    if view.text.queries is None:  # no box of keys to look into: the page's best logit is the tightest bound
+        bounds = np.maximum.reduceat(view.logits(queries)[:, :, columns], starts, axis=-1)
+    else:
+        keys, vectors = view.keys()[columns], view.vectors(queries)
+        high, low = np.maximum.reduceat(keys, starts, axis=0), np.minimum.reduceat(keys, starts, axis=0)
+        bounds = (np.maximum(vectors, 0) @ high.T + np.minimum(vectors, 0) @ low.T) * view.text.scaling
+    return np.where(np.array([page.position for page in pages]) <= queries[:, None], bounds, 0.0)
+
+
+def recency(view: View, leaf: ScorerPlan, pages: Sequence[Page]) -> Array:
+    return np.array([max(page.positions) for page in pages], dtype=float)
+
+
+def random(view: View, leaf: ScorerPlan, pages: Sequence[Page]) -> Array:
+    seed = int(dict(leaf.args).get("seed", 0))
+    return np.array([draw(seed, view.layer, view.head, page.position) for page in pages])
+
+
+def draw(*numbers: int) -> float:
+    """A number in [0, 1) out of integers: splitmix64's finaliser chained over them, its top 24 bits."""
+    mask, state = 2**64 - 1, 0
+    for number in numbers:
+        state ^= (number + 0x9E3779B97F4A7C15) & mask
+        state ^= state >> 30
+        state = state * 0xBF58476D1CE4E5B9 & mask
+        state ^= state >> 27
+        state = state * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return (state >> 40) / 2**24
+
+
+TOKEN_SIGNALS: dict[str, TokenSignal] = {
+    "attention": attention,
+    "attention-logit": attention_logit,
+    "key-norm": key_norm,
+    "value-norm": value_norm,
+    "key-anchor": key_anchor,
+    "key-similarity": key_similarity,
+}
+UNIT_SIGNALS: dict[str, UnitSignal] = {"page-bound": page_bound, "recency": recency, "random": random}
+
+
+def signal(
+    view: View, leaf: ScorerPlan, pages: Sequence[Page], own: Sequence[Page], candidates: Sequence[Page]
+) -> Array:
+    """One number per page: signal, then queries, heads, and the maximum over a page's tokens.
+
+    ``own`` are the pages of the scorer's pool, ``candidates`` its unprotected ones.
+    """
+    if leaf.signal in UNIT_SIGNALS:
+        return _over_heads(leaf, _over_queries(leaf, UNIT_SIGNALS[leaf.signal](view, leaf, pages)))
+    if leaf.signal not in TOKEN_SIGNALS:
+        raise ValueError(f"signal {leaf.signal}: known here are {', '.join(sorted(TOKEN_SIGNALS | UNIT_SIGNALS))}")
+    everything = np.ones(len(view.tokens), dtype=bool)
+    over = {"cache": everything, "pool": view.holds(own), "candidates": view.holds(candidates)}[leaf.over]
+    ranked = view.holds(own if leaf.signal == "key-anchor" else pages)
+    tokens = TOKEN_SIGNALS[leaf.signal](view, leaf, over & view.read, ranked)
+    tokens = _over_heads(leaf, _over_queries(leaf, tokens))
+    columns, starts = view.columns(pages)
+    return np.maximum.reduceat(tokens[columns], starts)
+
+
+def _over_queries(leaf: ScorerPlan, values: Array) -> Array:
+    """[G, queries, n] -> [G, n]: summed, or the mean of the last w."""
+    if values.ndim == 1:
+        return values
+    return values.mean(axis=1) if isinstance(leaf.queries, int) else values.sum(axis=1)
+
+
+def _over_heads(leaf: ScorerPlan, values: Array) -> Array:
+    """[G, n] -> [n]. (After logits-max, attention has one head left.)"""
+    if values.ndim == 1:
+        return values
+    if leaf.heads == "mean":
+        return values.mean(axis=0)
+    return values.sum(axis=0) if leaf.heads == "sum" else values.max(axis=0)
+
+
+def _unit_length(vectors: Array) -> Array:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(norms == 0, 1.0, norms)
