@@ -249,7 +249,7 @@ def _check_total(plan: Plan, lengths: Lengths) -> None:
         known = {"layer": Fraction(layer.index), "layers": Fraction(plan.geometry.layers)}
         known["max_new_tokens"] = Fraction(lengths.generated)
         total = plan.policy.total.fold(known).bound(longest.ranges()).low
-        pools = size_pools(layer.pools, layer.order, longest)
+        pools = size_pools(layer.pools, layer.order, longest, full=True)
         needed = sum(pool.bound for pool in pools)
         if needed > total and not layer.dense:
             parts = ", ".join(f"{pool.name} {pool.bound}" for pool in pools)

@@ -34,10 +34,13 @@ def in_pages(tokens: int, page: int) -> int:
     return -(-tokens // page) * page
 
 
-def size_pools(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Lengths) -> tuple[PoolPlan, ...]:
+def size_pools(
+    pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Lengths, *, full: bool = False
+) -> tuple[PoolPlan, ...]:
     """Give every pool its capacity, bound, victims and first slot.
 
     Pools are sized in update ``order``, so that a budget which names another pool's size finds its range known.
+    ``full`` asks for the sizes beside a prompt that fills its pool: then a pool without a budget has just one size.
     """
     ranges, sized = lengths.ranges(), list(pools)
     arrivals = _arrivals(pools, order, lengths)
@@ -52,7 +55,9 @@ def size_pools(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Len
             slack = _slack(pool, lengths)
             victims = _victims(pool, slack, sized)
             pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=victims)
-        fewest = in_pages(lengths.prompt[0], pool.page) if pool.budget is None and "prompt" in pool.admits else 0
+        fewest = 0
+        if pool.budget is None and "prompt" in pool.admits:
+            fewest = pool.bound if full else in_pages(lengths.prompt[0], pool.page)
         ranges[f"size({pool.name})"] = Range(Fraction(fewest), Fraction(pool.bound))
         # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
         sized[index] = replace(pool, capacity=max(pool.capacity, pool.page))

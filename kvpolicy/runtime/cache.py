@@ -44,9 +44,13 @@ class PolicyCache(Cache):
         self._forget()
 
     def _note_cadences(self) -> None:
-        """The distinct cadences, and whether an update has work to do only when a page opens."""
+        """The distinct cadences, each with the stream whose pages must open before an update has work to do."""
+
+        def waits(pool: PoolPlan) -> bool:
+            return pool.page > 1 and pool.cadence == 1 and pool.victims > 0 and pool.window is None
+
         self._cadences = {
-            (pool.cadence, pool.stream if pool.page > 1 and pool.victims and pool.window is None else None)
+            (pool.cadence, pool.stream if waits(pool) else None)
             for layer in self.plan.layers
             for pool in layer.pools
             if pool.evicts and pool.cadence > 0
@@ -145,7 +149,7 @@ class PolicyCache(Cache):
     def _update_due(self) -> bool:
         """Whether any pool of any layer may have to drop something at this generated pass: the host knows its clocks.
 
-        A paged pool that is steady and has no window exceeds its budget only when a page opens.
+        A paged pool that is steady, has no window and is updated every step exceeds its budget only when a page opens.
         """
         return any(
             self.clocks.host_t % cadence == 0 and (stream is None or self.clocks.streams[stream].opened_now)

@@ -166,6 +166,8 @@ class PoolPolicy:
             score = smoothed(score, sight.state.unit_position(pool), sight.candidates[pool.name], *leaf.smooth)
         if leaf.norm is not None:
             score = self._normed(score, leaf.norm, sight, pool, values)
+        if leaf.smooth is not None or leaf.norm is not None:  # both know candidates only
+            score = score.masked_fill(~sight.candidates[pool.name], 0.0)
         return score
 
     def _normed(self, score: Tensor, norm: str, sight: Sight, pool: PoolPlan, values: Mapping[str, Whole]) -> Tensor:

@@ -1,0 +1,94 @@
+"""Run the runtime and the oracle side by side: the same queries, keys and values through both, compared at every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.oracle import Memories
+from kvpolicy.plan import Plan
+from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.scorers.memory import CLOCKED
+from kvpolicy.testing.agreement import Agreement
+
+Run = Callable[[PolicyLayer, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def run_layer(layer: PolicyLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """A layer's pass, uncompiled."""
+    return layer.forward(query, key, value, scaling)
+
+
+class Beside:
+    """A runtime cache and an oracle of one plan, fed together.
+
+    ``generated`` runs a layer's generated passes (hand in a compiled ``run_layer`` to check that instead).
+    """
+
+    def __init__(self, plan: Plan, *, generated: Run = run_layer, device: str = "cpu") -> None:
+        self.plan = plan
+        self.cache = PolicyCache(plan, device=device)
+        self.agreement = Agreement(plan, rows=plan.batch)
+        self.generated = generated
+
+    @torch.no_grad()
+    def feed(
+        self,
+        tensors: list[tuple[Tensor, Tensor, Tensor]],
+        valid: Tensor | None = None,
+        *,
+        kind: str | None = None,
+        more: bool = False,
+        scaling: float | None = None,
+    ) -> None:
+        """One pass of the whole model: (query [B, Q, N, D], key, value [B, K, N, D]) for every layer.
+
+        Raises:
+            Disagreement: the first layer, row and head where the runtime kept, attended or remembered otherwise.
+        """
+        scaling = scaling or self.plan.geometry.head_dim**-0.5
+        opened = self.cache.begin(tensors[0][0].shape[2], valid, kind=kind, more=more or None)
+        run = run_layer if opened == "prompt" else self.generated
+        outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, tensors, strict=True)]
+        self.cache.finish()
+        for number, given in enumerate(tensors):
+            settled = not more
+            self.agreement.check(
+                number,
+                *given,
+                self.cache.positions(number) if settled else None,
+                valid=valid,
+                kind="prompt" if opened == "prompt" else "generated",
+                more=more,
+                scaling=scaling,
+                output=outputs[number],
+                memory=memories(self.cache, number) if settled else None,
+            )
+
+
+def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
+    """What a layer's units remember, by row: (KV head, pool, leaf) -> {position of the unit: value}."""
+    layer = cache.layers[layer_idx]
+    state = layer.state
+    rows: list[dict[tuple[int, str, int], dict[int, Any]]] = [{} for _ in range(cache.plan.batch)]
+    for pool in layer.plan.pools:
+        places = state.unit_position(pool).tolist()
+        for leaf in layer.policies[pool.name].leaves:
+            if leaf.memory == "none":
+                continue
+            values = state.tensors[f"{pool.name}.memory.{leaf.number}"].tolist()
+            gaps = state.tensors.get(f"{pool.name}.gap.{leaf.number}")
+            gap_values = gaps.tolist() if gaps is not None else None
+            for row, heads in enumerate(places):
+                for head, units in enumerate(heads):
+                    found = rows[row].setdefault((head, pool.name, leaf.number), {})
+                    for unit, position in enumerate(units):
+                        if position >= 0:
+                            value = values[row][head][unit]
+                            clocked = int(value) if leaf.memory in CLOCKED else value
+                            found[position] = (clocked, gap_values[row][head][unit]) if gap_values else clocked
+    return list(rows)

@@ -1,0 +1,170 @@
+"""Every shipped policy keeps what the oracle keeps, at every step, in every row, layer and head."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpolicy.language import Policy, load_policy, loads_policy, shipped_policies
+from kvpolicy.plan import ModelGeometry, make_plan, unsupported
+from kvpolicy.testing.beside import Beside
+
+GEOMETRY = ModelGeometry("random", layers=2, query_heads=4, kv_heads=2, head_dim=8)
+SMALL = {
+    "raas": {"budget": 48, "page_size": 4},
+    "h2o": {"heavy": 10, "recent": 6},
+    "tova": {"budget": 20},
+    "streaming-llm": {"sinks": 3, "window": 13},
+    "window": {"window": 17},
+    "random": {"budget": 40, "seed": 3},
+    "random-unpinned": {"budget": 18},
+    **{f"scope-{kind}": {"alpha": 14, "alpha2": 3, "beta1": 9, "beta2": 7} for kind in ("slide", "adaptive")},
+    "scope-discontinuous": {"alpha": 14, "alpha2": 3, "beta1": 9, "beta2": 7, "horizon": 60},
+}
+POLICIES = {name: load_policy(name, set=SMALL.get(name, {})) for name in shipped_policies()}
+
+Draw = Callable[[int, int], list[tuple[Tensor, Tensor, Tensor]]]
+
+
+def smooth_numbers(seed: int) -> Draw:
+    """Normal queries and keys."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        def numbers(heads: int) -> Tensor:
+            return torch.randn(rows, heads, columns, GEOMETRY.head_dim, generator=generator)
+
+        return [(2 * numbers(4), numbers(2), numbers(2)) for _ in range(GEOMETRY.layers)]
+
+    return draw
+
+
+def tied_numbers(seed: int) -> Draw:
+    """Few different keys and queries of whole numbers, so that scores tie all the time and float32 is exact."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        def numbers(heads: int) -> Tensor:
+            one = torch.randint(-1, 2, (rows, heads, columns, 1), generator=generator).float()
+            return one * torch.eye(GEOMETRY.head_dim)[0] * 2
+
+        return [(numbers(4), numbers(2), numbers(2)) for _ in range(GEOMETRY.layers)]
+
+    return draw
+
+
+def padded(rows: list[int], columns: int) -> Tensor:
+    """Left padding: row b brings its last rows[b] columns."""
+    return torch.arange(columns) >= columns - torch.tensor(rows)[:, None]
+
+
+@pytest.mark.parametrize("numbers", [smooth_numbers, tied_numbers], ids=["smooth", "tied"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_padded_batch_of_ragged_rows(name: str, numbers: Callable[[int], Draw]) -> None:
+    beside = Beside(make_plan(POLICIES[name], GEOMETRY, batch=3, prompt=(5, 30), max_new_tokens=90))
+    draw = numbers(1)
+    beside.feed(draw(3, 30), padded([30, 17, 5], 30))
+    for _ in range(90):
+        beside.feed(draw(3, 1))
+    assert beside.agreement.compared == 91 * 3 * GEOMETRY.layers * GEOMETRY.kv_heads
+    assert name == "dense" or beside.cache.stats()["evicted"] > 0
+    assert len(beside.agreement.near_ties) <= beside.agreement.compared // 200, beside.agreement.summary()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_later_turns_and_chunked_prompts(name: str) -> None:
+    policy = POLICIES[name].bind(budget=80) if name in ("raas", "random") else POLICIES[name]  # room for 38 pinned
+    beside = Beside(make_plan(policy, GEOMETRY, batch=2, prompt=(12, 38), max_new_tokens=90, turns=3))
+    draw = smooth_numbers(2)
+    beside.feed(draw(2, 11), padded([11, 4], 11), more=True)
+    beside.feed(draw(2, 7), more=True)
+    beside.feed(draw(2, 1), kind="prompt")
+    for _ in range(53):
+        beside.feed(draw(2, 1))
+    beside.feed(draw(2, 9), padded([6, 9], 9))
+    for _ in range(21):
+        beside.feed(draw(2, 1))
+    beside.feed(draw(2, 1), kind="prompt")
+    for _ in range(16):
+        beside.feed(draw(2, 1))
+
+
+EVERYTHING_ELSE = {
+    "shrinking budget": "{admit: all, budget: 'max(4, 30 - t // 2)', window: 2, scorer: {signal: attention}}",
+    "budget by share of the text": "{admit: all, budget: 25% * context + 3, window: 2, scorer: {signal: attention-logit}}",
+    "every third step": "{admit: all, budget: 12, update: {every: 3}, scorer: {signal: attention, memory: {decay: 0.9}}}",
+    "prompt end only": "{admit: all, budget: 12, update: prompt-end, scorer: {signal: attention, queries: all}}",
+    "survivors": "{admit: all, budget: 14, window: 2, pinned: survivors, update: {every: 8}, scorer: {signal: key-norm}}",
+    "growing window": "{admit: all, budget: 20, window: 'min(12, t)', scorer: {signal: attention}}",
+    "window above budget": "{admit: all, budget: 5, window: 5 + t // 20, scorer: {signal: attention}}",
+    "max-decay of a norm": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, norm: max, "
+    "memory: {max-decay: 0.8}}}",
+    "recurrence": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, hit: {above: 0.1}, "
+    "memory: {recurrence: 0.5}}}",
+    "smooth and softmax": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, smooth: {max: 5}, "
+    "norm: softmax}}",
+    "mean smoothing and mass": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, smooth: {mean: 3}, "
+    "norm: mass}}",
+    "over candidates": "{admit: all, budget: 15, window: 3, pinned: {first: 2}, scorer: {signal: attention, "
+    "over: candidates, heads: max}}",
+    "sum of signals": "{admit: all, budget: 15, window: 3, scorer: {sum: [{signal: attention, memory: sum}, "
+    "{signal: key-norm, weight: -0.05}, {product: [{signal: value-norm}, {signal: attention, heads: logits-max}]}]}}",
+    "key anchor": "{admit: all, budget: 15, scorer: {signal: key-anchor, weight: -1}}",
+    "pages by attention": "{admit: all, page: 3, budget: 15, window: 4, scorer: {signal: attention, memory: sum}}",
+    "pages by layer": "{admit: all, page: 4, budget: 16, pinned: {first: 3}, evict: {scope: layer}, "
+    "scorer: {signal: page-bound}}",
+    "pages, hits among candidates": "{admit: all, page: 4, budget: 22, update: {every: 5}, scorer: {signal: attention, "
+    "over: candidates, hit: {top: 1/3}, memory: last-hit}}",
+    "tiny": "{admit: all, budget: 1, scorer: {signal: attention}}",
+}
+
+
+def one_pool(answers: str) -> Policy:
+    answers = answers.replace("heads: logits-max", "heads: {logits: max}")
+    return loads_policy(f"kvpolicy: 1\nname: one\npools:\n  all: {answers}\n")
+
+
+@pytest.mark.parametrize("answers", EVERYTHING_ELSE.values(), ids=EVERYTHING_ELSE.keys())
+def test_what_the_shipped_policies_do_not_say(answers: str) -> None:
+    plan = make_plan(one_pool(answers), GEOMETRY, batch=2, prompt=(4, 20), max_new_tokens=60, turns=2)
+    assert not list(unsupported(plan))
+    beside = Beside(plan)
+    draw = smooth_numbers(3)
+    beside.feed(draw(2, 13), padded([13, 4], 13))
+    for _ in range(40):
+        beside.feed(draw(2, 1))
+    beside.feed(draw(2, 7), padded([3, 7], 7))
+    for _ in range(20):
+        beside.feed(draw(2, 1))
+    assert beside.cache.stats()["evicted"] > 0
+    assert len(beside.agreement.near_ties) <= beside.agreement.compared // 200, beside.agreement.summary()
+
+
+def test_a_pool_that_reads_another_ones_size() -> None:
+    policy = loads_policy(
+        "kvpolicy: 1\nname: two\npools:\n"
+        "  prompt: {admit: prompt, budget: 10, window: 2, update: {every: 6}, scorer: {signal: attention}}\n"
+        "  generated:\n    admit: generated\n    page: 2\n    budget: 30 - size(prompt) + seen(prompt) // 10\n"
+        "    scorer: {signal: attention, over: pool, memory: sum}\n"
+    )
+    beside = Beside(make_plan(policy, GEOMETRY, batch=2, prompt=(9, 30), max_new_tokens=60))
+    draw = smooth_numbers(4)
+    beside.feed(draw(2, 21), padded([21, 9], 21))
+    for _ in range(60):
+        beside.feed(draw(2, 1))
+
+
+def test_layers_may_differ() -> None:
+    policy = loads_policy(
+        "kvpolicy: 1\nname: pyramid\npools:\n"
+        "  all: {admit: all, budget: 24 - 8 * layer, window: 3, scorer: {signal: attention, memory: sum}}\n"
+        "overrides: [{layers: 0, dense: true}]\n"
+    )
+    geometry = ModelGeometry("random", layers=3, query_heads=4, kv_heads=2, head_dim=8)
+    plan = make_plan(policy, geometry, batch=1, prompt=20, max_new_tokens=30)
+    assert [layer.slots for layer in plan.layers] == [50, 17, 9]
+    beside, generator = Beside(plan), torch.Generator().manual_seed(0)
+    for columns in (20, *[1] * 30):
+        shapes = [(1, heads, columns, 8) for heads in (4, 2, 2)]
+        beside.feed([tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(3)])  # type: ignore[misc]
