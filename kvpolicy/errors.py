@@ -5,7 +5,7 @@ An error says what is wrong, where, the limit, and the way out. Anything else th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -77,6 +77,6 @@ class PolicyError(KvpolicyError, ValueError):
 
     exit_code = 3
 
-    def __init__(self, message: str = "", diagnostics: Sequence[Diagnostic] = ()) -> None:
-        super().__init__(message or "\n".join(str(item) for item in diagnostics))
+    def __init__(self, message: str = "", diagnostics: Iterable[Diagnostic] = ()) -> None:
         self.diagnostics = tuple(diagnostics)
+        super().__init__(message or "\n".join(str(item) for item in self.diagnostics))

@@ -17,7 +17,7 @@ class Complaint(ValueError):
     """A mistake, placed relative to the value that is being read.
 
     `path` leads from that value to the culprit, `on` says whether its key or its value is meant, and `offset` and
-    `width` point into its text.
+    `width` point into its text; where only a `word` of the text is known, that is searched for.
     """
 
     def __init__(
@@ -28,9 +28,11 @@ class Complaint(ValueError):
         on: str = "value",
         offset: int | None = None,
         width: int = 1,
+        word: str = "",
     ) -> None:
         super().__init__(reason)
-        self.reason, self.hint, self.path, self.on, self.offset, self.width = reason, hint, path, on, offset, width
+        self.reason, self.hint, self.path, self.on, self.word = reason, hint, path, on, word
+        self.offset, self.width = offset, width
 
 
 class KnownMistake(ValueError):
@@ -44,6 +46,9 @@ class Strict(BaseModel):
 
     EXAMPLE: ClassVar[str] = ""
     """How to write one, for messages."""
+
+    NOUN: ClassVar[str] = ""
+    """What messages call one, where the key that holds it does not."""
 
 
 Words = Mapping[str, tuple[str, Mapping[str, str]]]
@@ -79,19 +84,19 @@ class Spelled(Strict):
             return data  # built in Python
         if isinstance(data, str) and data in cls.WORDS:
             return dict(cls.WORDS[data][1])
-        ways = f"one of {', '.join(cls.spellings())}"
+        ways, noun = f"one of {', '.join(cls.spellings())}", cls.NOUN or f"a value of `{cls.__name__.lower()}`"
         if isinstance(data, str):
             if data in cls.forms():
                 raise Complaint(f"`{data}` needs a value", f"write `{{{data}: …}}`")
             near = nearest(data, cls.WORDS)
-            raise Complaint(f"`{shown(data)}` is not known here", near if near.startswith("did") else ways)
+            raise Complaint(f"`{shown(data)}` is not {noun}", near if near.startswith("did") else ways)
         if not isinstance(data, dict) or not data:
-            raise Complaint("a word or a mapping with one key expected", ways)
+            raise Complaint(f"this is not {noun}", ways)
         first, *others = data
         if first not in cls.forms():
             hint = f"write `{first}` alone" if first in cls.WORDS else nearest(first, cls.forms())
             hint = hint if hint.startswith(("did", "write")) else ways
-            raise Complaint(f"`{shown(first)}` is not a key here", hint, (first,), "key")
+            raise Complaint(f"`{shown(first)}` is not {noun}", hint, (first,), "key")
         if others:
             reason = f"`{shown(first)}` and `{shown(others[0])}` answer the same question"
             raise Complaint(reason, "keep one of them", (others[0],), "key")

@@ -100,25 +100,26 @@ def check_transfers(pools: Mapping[str, Pool]) -> Iterator[Placed]:
 def check_order(pools: Mapping[str, Pool]) -> Iterator[Placed]:
     """Pools are updated one after another: those whose size is asked for, and those that send, come first."""
     before: dict[str, set[str]] = {name: set() for name in pools}
-    causes: dict[tuple[str, str], Placed] = {}
+    causes: dict[tuple[str, str], tuple[Path, str]] = {}
     for name, pool in pools.items():
         for where, quantity in quantities(pool):
             for asked in (word[5:-1] for word in quantity.names if word.startswith("size(")):
                 before[name].add(asked)
-                causes.setdefault((name, asked), ((name, *where), Complaint("")))
+                causes.setdefault((name, asked), ((name, *where), f"size({asked})"))
         if pool.evict.to in pools and pool.evict.to != name:
             before[str(pool.evict.to)].add(name)
-            causes.setdefault((str(pool.evict.to), name), ((name, "evict", "to"), Complaint("")))
+            causes.setdefault((str(pool.evict.to), name), ((name, "evict", "to"), ""))
     try:
         TopologicalSorter(before).prepare()
     except CycleError as error:
         cycle = set(error.args[1])
         first = min(cycle, key=list(pools).index)
         way = walk_cycle(first, before, cycle)
-        where = causes[way[0], way[1]][0]
+        where, word = causes[way[0], way[1]]
         reason = "pools wait for one another: " + " after ".join(f"`{name}`" for name in way)
+        reason = f"the pool `{first}` waits for its own size" if len(cycle) == 1 else reason
         hint = "`size(pool)` and `to` may only look at pools that do not depend on this one"
-        yield where, Complaint(reason, hint)
+        yield where, Complaint(reason, hint, word=word)
 
 
 def quantities(pool: Pool) -> Iterator[tuple[Path, Quantity]]:

@@ -46,7 +46,8 @@ class Definitions:
         texts = dict(self.texts())
         values: dict[str, Quantity] = {}
         broken = set(self.places) - set(texts)
-        pools = frozenset(section(root, "pools")) | frozenset(overridden_pools(root))
+        named = frozenset(section(root, "pools"))
+        pools = named | frozenset(overridden_pools(root)) if named else None
         known = Scope({name: Quantity.number(0) for name in self.places}, pools=pools)
         for name, text in texts.items():
             try:
@@ -68,7 +69,22 @@ class Definitions:
             except KnownMistake:
                 broken.add(name)
         self.scope = Scope(values, frozenset(broken), pools)
+        self.check_defaults()
         return self
+
+    def check_defaults(self) -> None:
+        """A default must be readable even where another value is set."""
+        for name, node in section(self.root, "params").items():
+            if isinstance(node.content, dict) and {"default", "value"} <= node.content.keys():
+                default = node.content["default"]
+                try:
+                    if not isinstance(default.content, str):
+                        raise Complaint(f"a number or an expression expected, found {default.kind}")
+                    self.scope.resolve(default.content)
+                except Complaint as complaint:
+                    self.complaints.append((("params", name, "default"), complaint))
+                except KnownMistake:
+                    pass
 
     def complain(self, name: str, complaint: Complaint) -> set[str]:
         self.complaints.append((self.places[name], complaint))

@@ -123,7 +123,10 @@ def blanks(node: Node, allowed: int = 0) -> Iterator[Diagnostic]:
         if part.content is not None:
             yield from blanks(part, max(0, allowed - 1))
         elif not allowed:
-            yield (part.key or part.span).diagnostic("a value is missing here", "leave it out, or give it one")
+            span = part.key or part.span
+            glued = ":" in span.source.text[span.start : span.end]
+            hint = "a space belongs after the colon" if glued else "leave it out, or give it one"
+            yield span.diagnostic("a value is missing here", hint)
 
 
 def override_blanks(overrides: Node) -> Iterator[Diagnostic]:
@@ -138,6 +141,16 @@ def override_blanks(overrides: Node) -> Iterator[Diagnostic]:
 
 # --set -----------------------------------------------------------------------------------------------------------
 
+FLAG = "--set"
+"""The name that flags go by in messages."""
+
+
+def flag_span(name: str, value: object, key: bool = False) -> Span:
+    """The place of a value that was set, or of its param's name, in the flag as a user types it."""
+    source = Source(FLAG, f"{FLAG} {name}={value}")
+    start, equals = len(FLAG) + 1, len(FLAG) + 1 + len(name)
+    return Span(source, start, equals) if key else Span(source, equals + 1, len(source.text))
+
 
 def with_values(root: Node, values: Mapping[str, object]) -> Node:
     """The document with params set to other values, each placed in the flag that set it."""
@@ -146,17 +159,15 @@ def with_values(root: Node, values: Mapping[str, object]) -> Node:
     changed = dict(known)
     diagnostics = []
     for name, value in values.items():
-        source = Source("--set", f"--set {name}={value}")
         if name not in known:
-            span = Span(source, len("--set "), len(f"--set {name}"))
             hint = nearest(name, known) or "this policy has no params"
+            span = flag_span(name, value, key=True)
             diagnostics.append(span.diagnostic(f"there is no param `{shown(name)}` to set", hint))
         elif isinstance(known[name].content, dict):
-            span = Span(source, len(f"--set {name}="), len(source.text))
-            node = Node(str(value), span, Span(source, len("--set "), len(f"--set {name}")), plain=True)
+            node = Node(str(value), flag_span(name, value), flag_span(name, value, key=True), plain=True)
             changed[name] = replace(known[name], content={**known[name].content, "value": node})
     if diagnostics:
         raise PolicyError(diagnostics=diagnostics)
-    if params is None:
-        return root
-    return replace(root, content={**root.content, "params": replace(params, content=changed)})
+    return (
+        root if params is None else replace(root, content={**root.content, "params": replace(params, content=changed)})
+    )

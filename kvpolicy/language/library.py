@@ -57,7 +57,8 @@ def named(name: str) -> Path:
     shipped = shipped_policies()
     if name not in shipped:
         hint = nearest(name, shipped)
-        raise refusal(shown(name), "no policy has this name", f"{hint}; a file's name ends in .yaml".removeprefix("; "))
+        hint = hint if hint.startswith("did") else f"{hint}; a file's name ends in .yaml".removeprefix("; ")
+        raise refusal(shown(name), "no policy has this name", hint)
     return shipped[name]
 
 

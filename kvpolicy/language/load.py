@@ -9,9 +9,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from kvpolicy.errors import Diagnostic, PolicyError
 from kvpolicy.language.checks import check
 from kvpolicy.language.definitions import Definitions
-from kvpolicy.language.inherit import complete, with_values
+from kvpolicy.language.inherit import FLAG, complete, flag_span, with_values
 from kvpolicy.language.library import fetch
 from kvpolicy.language.nodes import Node
 from kvpolicy.language.policy import VERSION, Policy
@@ -39,7 +40,41 @@ def loads_policy(text: str, filename: str = "<string>", set: Mapping[str, object
     Raises:
         PolicyError: with a diagnostic for every mistake found.
     """
-    return resolve(with_values(complete(read(text, filename)), set or {}))
+    return resolve_with(complete(read(text, filename)), set or {})
+
+
+def resolve_with(root: Node, values: Mapping[str, object]) -> Policy:
+    """The policy of a complete document, with params set to other values.
+
+    Mistakes that the document alone does not have are shown at the flag without which they vanish.
+    """
+    try:
+        return resolve(with_values(root, values))
+    except PolicyError as error:
+        if values and not mistakes_of(root, {}):
+            blamed = [blame(item, root, values) for item in error.diagnostics]
+            error = PolicyError(diagnostics={(item.place, item.reason): item for item in blamed}.values())
+        raise error from None
+
+
+def blame(mistake: Diagnostic, root: Node, values: Mapping[str, object]) -> Diagnostic:
+    """A mistake, moved to the flag that causes it."""
+    if mistake.file == FLAG:
+        return mistake
+    for name in values:
+        fewer = {other: value for other, value in values.items() if other != name}
+        if mistake not in mistakes_of(root, fewer):
+            hint = "; ".join(filter(None, (mistake.hint, f"it follows in {mistake.place}")))
+            return flag_span(name, values[name]).diagnostic(mistake.reason, hint)
+    return mistake
+
+
+def mistakes_of(root: Node, values: Mapping[str, object]) -> tuple[Diagnostic, ...]:
+    try:
+        resolve(with_values(root, values))
+    except PolicyError as error:
+        return error.diagnostics
+    return ()
 
 
 def resolve(root: Node) -> Policy:
@@ -68,7 +103,7 @@ class Text:
     root: Node
 
     def bind(self, params: Mapping[str, object]) -> Policy:
-        return resolve(with_values(self.root, params))
+        return resolve_with(self.root, params)
 
     def to_yaml(self) -> str:
         root = Node({key: node for key, node in self.root.content.items() if key != "extends"}, self.root.span)

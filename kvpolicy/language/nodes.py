@@ -78,7 +78,9 @@ class Node:
             return "a mapping"
         if isinstance(self.content, tuple):
             return "a list"
-        return "nothing" if self.content is None else f"`{shown(self.data())}`"
+        if isinstance(self.content, str):
+            return f"`{shown(self.content)}`"
+        return "nothing" if self.content is None else f"`{str(self.content).lower()}`"
 
     def data(self) -> Any:
         """Plain Python data, as the models want it: every scalar but true, false and null is a string."""

@@ -8,7 +8,15 @@ import re
 from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BeforeValidator, PrivateAttr, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    PrivateAttr,
+    StrictBool,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from kvpolicy.errors import PolicyError, UsageError
 from kvpolicy.language.base import Complaint, KnownMistake, Strict
@@ -66,6 +74,7 @@ class Param(Strict):
     """A number that a user may set."""
 
     EXAMPLE = '{default: 1024, help: "tokens kept"}'
+    NOUN = "a param"
 
     default: Defined
     """the value when nobody sets one: an expression, which may name other params"""
@@ -73,7 +82,7 @@ class Param(Strict):
     help: Line
     """what it means, in one line"""
 
-    value: Defined
+    value: Defined = Quantity.number(0)
     """what it was set to; written where a policy is saved"""
 
 
@@ -124,6 +133,7 @@ class Override(Strict):
     """Other answers for some layers or heads; later overrides go over earlier ones."""
 
     EXAMPLE = "{layers: 0..1, dense: true}"
+    NOUN = "an override"
 
     layers: Layers | None = None
     """the layers meant: a number, a range, or a list of these"""
@@ -131,7 +141,7 @@ class Override(Strict):
     heads: tuple[tuple[int, int], ...] | None = None
     """the KV heads meant, as pairs [layer, head]"""
 
-    dense: bool = False
+    dense: StrictBool = False
     """whether these keep everything"""
 
     pools: dict[str, Pool | None] | None = None
@@ -167,6 +177,7 @@ class PolicyTest(Strict):
     """A claim about the policy under synthetic or recorded attention, run by `kvpolicy test`."""
 
     EXAMPLE = "{name: …, attention: {pattern: sink, steps: 64}, expect: [{resident: {max: 64}}]}"
+    NOUN = "a test"
 
     name: Line
     """what is claimed"""
@@ -215,6 +226,8 @@ class Origin(Protocol):
 
 class Policy(Strict):
     """A whole policy. In its quantities only built-in names are free: params and `let` are put in."""
+
+    NOUN = "a policy"
 
     kvpolicy: Literal[1]
     """the language's version, 1"""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
 from kvpolicy.language.base import Complaint, Spelled, Strict, Words
+from kvpolicy.language.nodes import shown
 from kvpolicy.language.quantity import Quantity
 from kvpolicy.language.scope import Fixed, FixedShare, Reach, Tokens
 from kvpolicy.language.scorer import Scorer
@@ -45,6 +46,8 @@ class Admit(Spelled):
 
 class Pin(Spelled):
     """Tokens that are never evicted."""
+
+    NOUN = "a way to pin tokens"
 
     WORDS: ClassVar[Words] = {"survivors": ("units that were present at an update that fired", {"word": "survivors"})}
 
@@ -135,7 +138,8 @@ def unless(word: str, example: str) -> BeforeValidator:
         if value == word:
             return None
         if isinstance(value, str):
-            raise Complaint(f"`{value}` is not known here", f"write `{word}` or a mapping, as in `{example}`")
+            reason = f"neither the word `{word}` nor a mapping, but `{shown(value)}`"
+            raise Complaint(reason, f"write `{word}` or a mapping, as in `{example}`")
         return value
 
     return BeforeValidator(spelling)
@@ -150,6 +154,7 @@ class Pool(Strict):
     """A pool of cached tokens. Pools are disjoint, and a token's fate depends on its own pool alone."""
 
     EXAMPLE = "{admit: generated, budget: 1024}"
+    NOUN = "a pool"
 
     admit: Admit | None = None
     """which tokens enter; absent: only what another pool's `evict: {to: …}` sends"""

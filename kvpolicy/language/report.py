@@ -40,6 +40,8 @@ def place(root: Node, path: Path, complaint: Complaint) -> Diagnostic:
     """A complaint, at its place in the text."""
     node = find(root, (*path, *complaint.path))
     span = node.part(complaint.offset, complaint.width)
+    if complaint.word and isinstance(node.content, str) and complaint.word in node.content:
+        span = node.part(node.content.index(complaint.word), len(complaint.word))
     if complaint.on == "key" and node.key is not None:
         span = node.key
     return span.diagnostic(complaint.reason, complaint.hint)
@@ -86,42 +88,49 @@ def missing(root: Node, path: Path) -> Diagnostic:
     if isinstance(holder.content, tuple):
         return holder.span.diagnostic("a pair of numbers expected", "as in `[3, 0]`: layer 3, KV head 0")
     span = holder.key or Span(holder.span.source, holder.span.start, holder.span.start + 1)
-    example = getattr(model_at(path[:-1]), "EXAMPLE", "")
-    return span.diagnostic(f"the key `{path[-1]}` is missing here", f"as in `{example}`" if example else "")
+    model, key = model_at(path[:-1]), str(path[-1])
+    example = getattr(model, "EXAMPLE", "")
+    meaning = model.model_fields[key].description if model and key in model.model_fields else ""
+    return span.diagnostic(
+        f"the key `{key}` is missing here", f"as in `{example}`" if example else f"it says {meaning}"
+    )
 
 
 EXPECTED = {
-    "string_type": "a text expected",
-    "dict_type": "a mapping expected",
-    "model_type": "a mapping expected",
-    "model_attributes_type": "a mapping expected",
-    "tuple_type": "a list expected",
-    "list_type": "a list expected",
-    "bool_type": "`true` or `false` expected",
-    "bool_parsing": "`true` or `false` expected",
-    "int_type": "a whole number expected",
-    "int_parsing": "a whole number expected",
-    "int_from_float": "a whole number expected",
-    "too_long": "a pair of numbers expected",
+    "string_type": "a text",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "bool_type": "`true` or `false`",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "too_long": "a pair of numbers",
 }
 
 
 def translate(error: Any, node: Node, path: Path) -> Complaint:
     """Pydantic's own kinds of error in this language's words."""
-    kind = error["type"]
+    kind, last = error["type"], path[-1] if path else ""
     if kind == "extra_forbidden":
-        keys = keys_of(model_at(path[:-1]))
-        return Complaint(f"`{shown(path[-1])}` is not a key here", nearest(str(path[-1]), keys), on="key")
+        model = model_at(path[:-1])
+        owner = getattr(model, "NOUN", "") or f"`{path[-2]}`"
+        return Complaint(f"`{shown(last)}` is not a key of {owner}", nearest(str(last), keys_of(model)), on="key")
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return Complaint(f"{node.kind} is not known here", nearest(str(node.content), words))
+        return Complaint(f"{node.kind} is not a value of `{last}`", nearest(str(node.content), words))
     expected = EXPECTED.get(kind)
     if expected is None:
         return Complaint(shown(error["msg"], 200))
-    example = getattr(model_at(path), "EXAMPLE", "") if expected == "a mapping expected" else ""
-    if expected == "a mapping expected" and isinstance(node.content, str) and re.search(r"[a-z_]:\S", node.content):
-        return Complaint(f"{expected}, found {node.kind}", "a space belongs after the colon")
-    return Complaint(f"{expected}, found {node.kind}", f"as in `{example}`" if example else "")
+    subject = f"`{shown(last)}` is {expected}" if isinstance(last, str) and last else f"{expected} expected"
+    hint = ""
+    if expected == "a mapping":
+        example = getattr(model_at(path), "EXAMPLE", "")
+        hint = f"as in `{example}`" if example else ""
+        if isinstance(node.content, str) and re.search(r"[a-z_]:\S", node.content):
+            hint = "a space belongs after the colon"
+    return Complaint(f"{subject}, but this is {node.kind}", hint)
 
 
 def keys_of(model: type[BaseModel] | None) -> list[str]:

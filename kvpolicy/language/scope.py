@@ -101,7 +101,10 @@ class Role:
     def read(self, value: object, info: ValidationInfo) -> Quantity:
         """Read a scalar, or take a quantity, in the scope that the validation's context gives."""
         if isinstance(value, bool) or not isinstance(value, (str, int, float, Fraction, Quantity)):
-            raise Complaint("a number or an expression expected")
+            found = (
+                "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else f"`{shown(value)}`"
+            )
+            raise Complaint(f"a number or an expression expected, found {found}")
         scope = info.context if isinstance(info.context, Scope) else Scope()
         text = str(value)
         quantity, parsed = scope.resolve(text)
@@ -116,8 +119,8 @@ class Role:
         if self.when == "pass" or not late:
             return
         culprit = next(mention for mention in parsed.names if scope.reads(mention.word) & late)
-        through = "" if culprit.word in late else f", through `{min(scope.reads(culprit.word) & late)}`,"
-        reason = f"`{name}` must be known when the plan is made, but `{culprit.word}`{through} changes while text grows"
+        reads = "" if culprit.word in late else f" reads `{min(scope.reads(culprit.word) & late)}`, which"
+        reason = f"`{name}` must be known when the plan is made, but `{culprit.word}`{reads} changes while text grows"
         raise Complaint(reason, f"it may use {listed(PLAN_NAMES)}", offset=culprit.offset, width=culprit.width)
 
     def check_share(self, quantity: Quantity, parsed: Parsed, text: str) -> None:

@@ -193,7 +193,7 @@ def heads_spelling(value: Any, info: ValidationInfo) -> Any:
     if value == "logits-max" and info.context is not None:
         raise Complaint("`logits-max` is written differently", "write `{logits: max}`")
     if not isinstance(value, str):
-        raise Complaint("a word expected", "one of `mean`, `max`, `sum`, `{logits: max}`")
+        raise Complaint("this is not a value of `heads`", "one of `mean`, `max`, `sum`, `{logits: max}`")
     return value
 
 
@@ -220,6 +220,7 @@ class Scorer(Strict):
     """A ranking: higher scores stay. Its stages work in the order of these keys."""
 
     EXAMPLE = "{signal: attention, memory: sum}"
+    NOUN = "a scorer"
 
     signal: Signal | None = None
     """what is measured about each token; the newest query's view of it counts as this pass's score"""
