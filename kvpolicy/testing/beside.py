@@ -1,4 +1,4 @@
-"""Run the runtime and the oracle side by side: the same queries, keys and values through both, compared at every pass."""
+"""Run the runtime and the oracle side by side: the same queries, keys and values through both, compared each pass."""
 
 from __future__ import annotations
 

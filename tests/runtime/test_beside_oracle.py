@@ -91,38 +91,34 @@ def test_later_turns_and_chunked_prompts(name: str) -> None:
 
 
 EVERYTHING_ELSE = {
-    "shrinking budget": "{admit: all, budget: 'max(4, 30 - t // 2)', window: 2, scorer: {signal: attention}}",
-    "budget by share of the text": "{admit: all, budget: 25% * context + 3, window: 2, scorer: {signal: attention-logit}}",
-    "every third step": "{admit: all, budget: 12, update: {every: 3}, scorer: {signal: attention, memory: {decay: 0.9}}}",
-    "prompt end only": "{admit: all, budget: 12, update: prompt-end, scorer: {signal: attention, queries: all}}",
-    "survivors": "{admit: all, budget: 14, window: 2, pinned: survivors, update: {every: 8}, scorer: {signal: key-norm}}",
-    "growing window": "{admit: all, budget: 20, window: 'min(12, t)', scorer: {signal: attention}}",
-    "window above budget": "{admit: all, budget: 5, window: 5 + t // 20, scorer: {signal: attention}}",
-    "max-decay of a norm": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, norm: max, "
-    "memory: {max-decay: 0.8}}}",
-    "recurrence": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, hit: {above: 0.1}, "
-    "memory: {recurrence: 0.5}}}",
-    "smooth and softmax": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, smooth: {max: 5}, "
-    "norm: softmax}}",
-    "mean smoothing and mass": "{admit: all, budget: 15, window: 3, scorer: {signal: attention, smooth: {mean: 3}, "
-    "norm: mass}}",
-    "over candidates": "{admit: all, budget: 15, window: 3, pinned: {first: 2}, scorer: {signal: attention, "
-    "over: candidates, heads: max}}",
-    "sum of signals": "{admit: all, budget: 15, window: 3, scorer: {sum: [{signal: attention, memory: sum}, "
-    "{signal: key-norm, weight: -0.05}, {product: [{signal: value-norm}, {signal: attention, heads: logits-max}]}]}}",
-    "key anchor": "{admit: all, budget: 15, scorer: {signal: key-anchor, weight: -1}}",
-    "pages by attention": "{admit: all, page: 3, budget: 15, window: 4, scorer: {signal: attention, memory: sum}}",
-    "pages by layer": "{admit: all, page: 4, budget: 16, pinned: {first: 3}, evict: {scope: layer}, "
-    "scorer: {signal: page-bound}}",
-    "pages, hits among candidates": "{admit: all, page: 4, budget: 22, update: {every: 5}, scorer: {signal: attention, "
-    "over: candidates, hit: {top: 1/3}, memory: last-hit}}",
-    "tiny": "{admit: all, budget: 1, scorer: {signal: attention}}",
+    "shrinking budget": "budget: max(4, 30 - t // 2)\nwindow: 2\nscorer: {signal: attention}",
+    "budget by share of the text": "budget: 25% * context + 3\nwindow: 2\nscorer: {signal: attention-logit}",
+    "every third step": "budget: 12\nupdate: {every: 3}\nscorer: {signal: attention, memory: {decay: 0.9}}",
+    "prompt end only": "budget: 12\nupdate: prompt-end\nscorer: {signal: attention, queries: all}",
+    "survivors": "budget: 14\nwindow: 2\npinned: survivors\nupdate: {every: 8}\nscorer: {signal: key-norm}",
+    "growing window": "budget: 20\nwindow: min(12, t)\nscorer: {signal: attention}",
+    "window above budget": "budget: 5\nwindow: 5 + t // 20\nscorer: {signal: attention}",
+    "max-decay of a norm": "budget: 15\nwindow: 3\nscorer: {signal: attention, norm: max, memory: {max-decay: 0.8}}",
+    "recurrence": "budget: 15\nwindow: 3\nscorer: {signal: attention, hit: {above: 0.1}, memory: {recurrence: 0.5}}",
+    "smooth and softmax": "budget: 15\nwindow: 3\nscorer: {signal: attention, smooth: {max: 5}, norm: softmax}",
+    "mean smoothing and mass": "budget: 15\nwindow: 3\nscorer: {signal: attention, smooth: {mean: 3}, norm: mass}",
+    "over candidates": "budget: 15\nwindow: 3\npinned: {first: 2}\n"
+    "scorer: {signal: attention, over: candidates, heads: max}",
+    "sum of signals": "budget: 15\nwindow: 3\nscorer:\n  sum:\n  - {signal: attention, memory: sum}\n"
+    "  - {signal: key-norm, weight: -0.05}\n"
+    "  - product: [{signal: value-norm}, {signal: attention, heads: {logits: max}}]",
+    "key anchor": "budget: 15\nscorer: {signal: key-anchor, weight: -1}",
+    "pages by attention": "page: 3\nbudget: 15\nwindow: 4\nscorer: {signal: attention, memory: sum}",
+    "pages by layer": "page: 4\nbudget: 16\npinned: {first: 3}\nevict: {scope: layer}\nscorer: {signal: page-bound}",
+    "pages, hits among candidates": "page: 4\nbudget: 22\nupdate: {every: 5}\n"
+    "scorer: {signal: attention, over: candidates, hit: {top: 1/3}, memory: last-hit}",
+    "tiny": "budget: 1\nscorer: {signal: attention}",
 }
 
 
 def one_pool(answers: str) -> Policy:
-    answers = answers.replace("heads: logits-max", "heads: {logits: max}")
-    return loads_policy(f"kvpolicy: 1\nname: one\npools:\n  all: {answers}\n")
+    lines = "".join(f"    {line}\n" for line in ["admit: all", *answers.splitlines()])
+    return loads_policy(f"kvpolicy: 1\nname: one\npools:\n  all:\n{lines}")
 
 
 @pytest.mark.parametrize("answers", EVERYTHING_ELSE.values(), ids=EVERYTHING_ELSE.keys())
