@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, core_schema
 
 from kvpolicy.language.nodes import shown
 from kvpolicy.language.vocabulary import nearest
@@ -111,3 +119,41 @@ class Spelled(Strict):
             shape = {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
             choices.append(shape)
         return {"anyOf": choices, "description": (cls.__doc__ or "").strip(), "title": cls.__name__}
+
+
+@dataclass(frozen=True)
+class OneOrMany:
+    """Annotates a tuple: a list, or one item without the brackets."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        several = handler(schema)
+        return {"anyOf": [several["items"], several]}
+
+    @staticmethod
+    def read(value: Any) -> Any:
+        return value if isinstance(value, (list, tuple)) else [value]
+
+
+@dataclass(frozen=True)
+class Unless:
+    """Annotates a mapping or None: `word` is how None is written."""
+
+    word: str
+    example: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"const": self.word}, handler(schema)]}
+
+    def read(self, value: Any) -> Any:
+        if value == self.word:
+            return None
+        if isinstance(value, str):
+            reason = f"neither the word `{self.word}` nor a mapping, but `{shown(value)}`"
+            raise Complaint(reason, f"write `{self.word}` or a mapping, as in `{self.example}`")
+        return value

@@ -12,7 +12,8 @@ from math import floor
 from kvpolicy.language.base import Complaint, KnownMistake
 from kvpolicy.language.definitions import IDENTIFIER, Path, Placed, walk_cycle
 from kvpolicy.language.nodes import shown
-from kvpolicy.language.policy import Policy, overridden
+from kvpolicy.language.override import overridden
+from kvpolicy.language.policy import Policy
 from kvpolicy.language.pool import Pool
 from kvpolicy.language.quantity import Quantity
 from kvpolicy.language.scope import Scope

@@ -10,17 +10,16 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     BeforeValidator,
+    Field,
     PrivateAttr,
-    StrictBool,
-    ValidationInfo,
     WithJsonSchema,
     field_validator,
-    model_validator,
 )
 
-from kvpolicy.errors import PolicyError, UsageError
+from kvpolicy.errors import UsageError
 from kvpolicy.language.base import Complaint, KnownMistake, Strict
 from kvpolicy.language.nodes import shown, typed
+from kvpolicy.language.override import LayerRange, Override, overridden
 from kvpolicy.language.pool import Admit, Evict, Pin, Pool, Read, Store, Update
 from kvpolicy.language.quantity import Quantity
 from kvpolicy.language.scope import Fixed
@@ -82,95 +81,13 @@ class Param(Strict):
     help: Line
     """what it means, in one line"""
 
-    value: Defined = Quantity.number(0)
+    given: Defined | None = Field(None, alias="value")
     """what it was set to; written where a policy is saved"""
 
-
-class LayerRange(Strict):
-    """Layers first..last, both included; negative numbers count from the end."""
-
-    first: int
-    last: int
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell(cls, data: Any, info: ValidationInfo) -> Any:
-        if isinstance(data, cls) or info.context is None:
-            return data
-        match = re.fullmatch(r"(-?[0-9]{1,4})(?:\.\.(-?[0-9]{1,4}))?", data) if isinstance(data, str) else None
-        if match is None:
-            raise Complaint("layers are a number or a range", "as in `3`, `0..3` (both included), `-1` (the last)")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if (first < 0) == (last < 0) and first > last:
-            raise Complaint(f"the range {data} is empty", f"write `{last}..{first}`")
-        return {"first": first, "last": last}
-
-    def covers(self, layer: int, layers: int) -> bool:
-        """Whether `layer` of a model with `layers` layers is meant."""
-        return self._index(self.first, layers) <= layer <= self._index(self.last, layers)
-
-    def misses(self, layers: int) -> bool:
-        """Whether a model with `layers` layers has none of these."""
-        return self._index(self.first, layers) >= layers or self._index(self.last, layers) < 0
-
-    @staticmethod
-    def _index(number: int, layers: int) -> int:
-        return number + layers if number < 0 else number
-
-    def __str__(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}..{self.last}"
-
-
-LAYERS_SCHEMA: dict[str, Any] = {"type": ["integer", "string"], "pattern": r"^-?[0-9]+(\.\.-?[0-9]+)?$"}
-Layers = Annotated[
-    tuple[LayerRange, ...],
-    BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value]),
-    WithJsonSchema({"anyOf": [LAYERS_SCHEMA, {"type": "array", "items": LAYERS_SCHEMA, "minItems": 1}]}),
-]
-
-
-class Override(Strict):
-    """Other answers for some layers or heads; later overrides go over earlier ones."""
-
-    EXAMPLE = "{layers: 0..1, dense: true}"
-    NOUN = "an override"
-
-    layers: Layers | None = None
-    """the layers meant: a number, a range, or a list of these"""
-
-    heads: tuple[tuple[int, int], ...] | None = None
-    """the KV heads meant, as pairs [layer, head]"""
-
-    dense: StrictBool = False
-    """whether these keep everything"""
-
-    pools: dict[str, Pool | None] | None = None
-    """keys of pools that differ; `null` gives a key its default back, or removes a pool"""
-
-    @model_validator(mode="after")
-    def _one_each(self) -> Override:
-        if (self.layers is None) == (self.heads is None):
-            raise Complaint("an override names either `layers` or `heads`", f"as in `{self.EXAMPLE}`")
-        if self.dense == (self.pools is not None):
-            raise Complaint("an override says either `dense: true` or `pools`", f"as in `{self.EXAMPLE}`")
-        if not (self.layers if self.heads is None else self.heads):
-            raise Complaint(
-                "an override of nothing", f"as in `{self.EXAMPLE}`", ("layers" if self.layers == () else "heads",)
-            )
-        return self
-
-    def applies(self, layer: int, layers: int, head: int | None) -> bool:
-        """Whether it is about this layer and head; no head means that of most heads."""
-        if self.layers is not None:
-            return any(part.covers(layer, layers) for part in self.layers)
-        return head is not None and any((at % layers, h) == (layer, head) for at, h in self.heads or ())
-
-    def check(self, layers: int) -> None:
-        """Raise PolicyError where it names a layer that a model with `layers` layers does not have."""
-        absent = [str(part) for part in self.layers or () if part.misses(layers)]
-        absent += [str(layer) for layer, _ in self.heads or () if not -layers <= layer < layers]
-        if absent:
-            raise PolicyError(f"an override is about layer {absent[0]}, but the model has layers 0..{layers - 1}")
+    @property
+    def value(self) -> Quantity:
+        """What it stands for: what it was set to or the default, with other names put in."""
+        return self.given or self.default
 
 
 class PolicyTest(Strict):
@@ -225,7 +142,10 @@ class Origin(Protocol):
 
 
 class Policy(Strict):
-    """A whole policy. In its quantities only built-in names are free: params and `let` are put in."""
+    """What a policy's file says.
+
+    Once loaded, only built-in names are free in its quantities: params and `let` are put in.
+    """
 
     NOUN = "a policy"
 
@@ -335,14 +255,3 @@ class Policy(Strict):
 
     def __hash__(self) -> int:
         return hash((self.name, self.digest))
-
-
-def overridden(pools: dict[str, Pool], patches: dict[str, Pool | None]) -> dict[str, Pool]:
-    """Pools with an override's keys put in; None removes a pool, a new name adds one."""
-    result = dict(pools)
-    for name, patch in patches.items():
-        if patch is None:
-            result.pop(name, None)
-        else:
-            result[name] = result[name].patched(patch) if name in result else patch
-    return result

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-from kvpolicy.language.base import Complaint, Spelled, Strict, Words
-from kvpolicy.language.nodes import shown
+from kvpolicy.language.base import Complaint, OneOrMany, Spelled, Strict, Unless, Words
 from kvpolicy.language.quantity import Quantity
-from kvpolicy.language.scope import Fixed, FixedShare, Reach, Tokens
+from kvpolicy.language.scope import Count, Fixed, FixedShare, Reach, Tokens
 from kvpolicy.language.scorer import Scorer
 
 KINDS = {
@@ -90,7 +89,7 @@ class Update(Spelled):
         "prompt-end": ("at the end of a prompt turn only", {"word": "prompt-end"}),
     }
 
-    every: Fixed = Quantity.number(1)
+    every: Count = Quantity.number(1)
     """at generated passes where t is a multiple of n, and at the end of a prompt turn"""
 
 
@@ -111,10 +110,10 @@ class Store(Strict):
 
     EXAMPLE = "{bits: 8, group: 64}"
 
-    bits: Fixed
+    bits: Count
     """bits of one stored number: 2, 4 or 8"""
 
-    group: Fixed = Quantity.number(64)
+    group: Count = Quantity.number(64)
     """numbers that share a scale"""
 
     keys: Literal["channel", "token"] = "channel"
@@ -129,25 +128,6 @@ class Store(Strict):
         if bits.constant is not None and bits.constant not in (2, 4, 8):
             raise Complaint(f"numbers of {bits.canonical} bits are not stored", "write 2, 4 or 8")
         return bits
-
-
-def unless(word: str, example: str) -> BeforeValidator:
-    """A word that stands for "nothing special", where otherwise a mapping is expected."""
-
-    def spelling(value: Any) -> Any:
-        if value == word:
-            return None
-        if isinstance(value, str):
-            reason = f"neither the word `{word}` nor a mapping, but `{shown(value)}`"
-            raise Complaint(reason, f"write `{word}` or a mapping, as in `{example}`")
-        return value
-
-    return BeforeValidator(spelling)
-
-
-def listed(value: Any) -> Any:
-    """One pin, or a list of them."""
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 class Pool(Strict):
@@ -165,7 +145,7 @@ class Pool(Strict):
     page: Fixed = Quantity.number(1)
     """tokens per page; pages are kept or dropped whole, and the newest is never dropped"""
 
-    pinned: Annotated[tuple[Pin, ...], BeforeValidator(listed)] = ()
+    pinned: Annotated[tuple[Pin, ...], OneOrMany()] = ()
     """tokens that are never dropped: one answer or a list"""
 
     window: Reach | None = None
@@ -180,10 +160,10 @@ class Pool(Strict):
     update: Update = Update()
     """when the budget is enforced"""
 
-    read: Annotated[Read | None, unless("all", Read.EXAMPLE)] = None
+    read: Annotated[Read | None, Unless("all", Read.EXAMPLE)] = None
     """which tokens generated passes attend to; `all` by default"""
 
-    store: Annotated[Store | None, unless("model", Store.EXAMPLE)] = None
+    store: Annotated[Store | None, Unless("model", Store.EXAMPLE)] = None
     """how keys and values are stored; as the model's own type, `model`, by default"""
 
     @model_validator(mode="before")

@@ -93,7 +93,7 @@ def amount(value: object) -> str:
 class Role:
     """What a quantity counts, when it must be known, and within which limits it makes sense."""
 
-    unit: Literal["tokens", "share", "number"]
+    unit: Literal["tokens", "count", "share", "number"]
     when: Literal["plan", "pass"] = "pass"
     least: Fraction | None = None
     most: Fraction | None = None
@@ -110,7 +110,7 @@ class Role:
         quantity, parsed = scope.resolve(text)
         name = (info.field_name or "this").replace("_", "-")
         self.check_time(quantity, parsed, scope, name)
-        self.check_share(quantity, parsed, text)
+        self.check_share(quantity, parsed, text, name)
         self.check_limits(quantity, name)
         return quantity
 
@@ -123,14 +123,13 @@ class Role:
         reason = f"`{name}` must be known when the plan is made, but `{culprit.word}`{reads} changes while text grows"
         raise Complaint(reason, f"it may use {listed(PLAN_NAMES)}", offset=culprit.offset, width=culprit.width)
 
-    def check_share(self, quantity: Quantity, parsed: Parsed, text: str) -> None:
-        if self.unit != "tokens" or not quantity.share:
+    def check_share(self, quantity: Quantity, parsed: Parsed, text: str, name: str) -> None:
+        if self.unit not in ("tokens", "count") or not quantity.share:
             return
         mark = parsed.shares[0] if parsed.shares else Mention(text, 0, len(text))
-        share = quantity.text
-        raise Complaint(
-            f"a share of what? {share} is no number of tokens", f"write `{share} * prompt_len`", (), "value", *mark[1:]
-        )
+        hint = f"write `{quantity.text} * prompt_len`" if self.when == "pass" else "write a whole number"
+        reason = f"a share of what? {quantity.text} is no number for `{name}`"
+        raise Complaint(reason, hint, offset=mark.offset, width=mark.width)
 
     def check_limits(self, quantity: Quantity, name: str) -> None:
         bound = quantity.bound({})
@@ -161,7 +160,10 @@ Reach = Annotated[Quantity, Role("tokens", least=ZERO)]
 """A number of tokens that may be 0: then it says nothing."""
 
 Fixed = Annotated[Quantity, Role("tokens", "plan", least=ONE)]
-"""A number of tokens or passes that is known when the plan is made."""
+"""A number of tokens that is known when the plan is made."""
+
+Count = Annotated[Quantity, Role("count", "plan", least=ONE)]
+"""A number of passes, queries, bits or neighbours, known when the plan is made."""
 
 Share = Annotated[Quantity, Role("share", least=ZERO, most=ONE)]
 FixedShare = Annotated[Quantity, Role("share", "plan", least=ZERO, most=ONE)]

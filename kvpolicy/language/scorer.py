@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema
 from kvpolicy.language.base import Complaint, KnownMistake, Spelled, Strict, Words
 from kvpolicy.language.nodes import Scalar, shown, typed
 from kvpolicy.language.quantity import Quantity
-from kvpolicy.language.scope import Fixed, FixedNumber, FixedShare, Role, Share
+from kvpolicy.language.scope import Count, FixedNumber, FixedShare, Role, Share
 from kvpolicy.language.signals import SIGNALS, Argument, signal_names
 from kvpolicy.language.vocabulary import nearest
 
@@ -118,17 +118,17 @@ class Queries(Spelled):
         "all": ("every query of the pass, summed", {"word": "all"}),
     }
 
-    last: Fixed | None = None
+    last: Count | None = None
     """the row's newest w queries, averaged; evaluated only when the pool updates"""
 
 
 class Smooth(Spelled):
     """Smoothing over neighbours: candidates in position order, stride 1, ends padded with zeros."""
 
-    max: Fixed | None = None
+    max: Count | None = None
     """the largest score among an odd number of neighbours"""
 
-    mean: Fixed | None = None
+    mean: Count | None = None
     """the mean score of an odd number of neighbours"""
 
     @property
@@ -223,7 +223,7 @@ class Scorer(Strict):
     NOUN = "a scorer"
 
     signal: Signal | None = None
-    """what is measured about each token; the newest query's view of it counts as this pass's score"""
+    """what is measured about each token"""
 
     queries: Queries = Queries(word="current")
     """which queries the signal listens to"""

@@ -41,11 +41,11 @@ SIGNALS: dict[str, SignalName] = {
         "a hash of seed, layer, head and position, drawn at entry",
         arguments={"seed": Argument("a whole number", Quantity.number(0))},
     ),
-    "key-norm": SignalName("the length of the key"),
+    "key-norm": SignalName("the length of the key; a negative weight keeps short keys"),
     "value-norm": SignalName("the length of the value"),
     "key-anchor": SignalName("cosine of the key with the mean direction of the pool's keys"),
     "key-similarity": SignalName(
-        "how redundant the key is: its mean cosine with the others of its pool",
+        "how redundant the key is: its mean cosine with the others of its pool; a negative weight keeps what is not",
         arguments={
             "above": Argument("cosines up to this count as 0", Quantity.parse("0.5")),
             "keep": Argument("which of several similar keys is not counted as redundant", "newest", ("newest",)),

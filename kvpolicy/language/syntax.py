@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kvpolicy.errors import PolicyError
-from kvpolicy.language.vocabulary import ARITY, POOL_FUNCTIONS, nearest
+from kvpolicy.language.vocabulary import FUNCTIONS, POOL_FUNCTIONS, nearest
 
 Tree = tuple[Any, ...]
 
@@ -214,7 +214,7 @@ class Parser:
             raise self.surprise("a number, a name or `(` expected")
         called = self.here.kind == "symbol" and self.here.text == "("
         if not called:
-            if token.text in ARITY or token.text in POOL_FUNCTIONS:
+            if token.text in FUNCTIONS or token.text in POOL_FUNCTIONS:
                 what = "a pool's name" if token.text in POOL_FUNCTIONS else "arguments"
                 hint = f"write `{token.text}(…)`"
                 raise QuantityError(f"`{token.text}` needs {what}", token.offset, len(token.text), hint)
@@ -235,15 +235,15 @@ class Parser:
         return (token.text, name.text)
 
     def call(self, token: Token) -> Tree:
-        if token.text not in ARITY:
-            hint = nearest(token.text, (*ARITY, *POOL_FUNCTIONS))
+        if token.text not in FUNCTIONS:
+            hint = nearest(token.text, (*FUNCTIONS, *POOL_FUNCTIONS))
             raise QuantityError(f"`{token.text}` is not a function", token.offset, len(token.text), hint)
         self.expect("(", f"after `{token.text}`")
         arguments = [self.expression(0)]
         while self.accept(","):
             arguments.append(self.expression(0))
         self.expect(")", f"to close `{token.text}(`, or `,` before a further argument")
-        least, most = ARITY[token.text]
+        least, most, _ = FUNCTIONS[token.text]
         if len(arguments) < least or (most is not None and len(arguments) > most):
             wanted = f"{least} or more" if most is None else str(least)
             plural = "" if wanted == "1" else "s"
