@@ -33,5 +33,6 @@ Where the language leaves a choice, the oracle reads it so:
 from kvpolicy.oracle.records import Choice, Hit, PoolStep, Step
 from kvpolicy.oracle.rows import Oracle
 from kvpolicy.oracle.step import Kept, Memories
+from kvpolicy.oracle.text import Rotate
 
-__all__ = ["Choice", "Hit", "Kept", "Memories", "Oracle", "PoolStep", "Step"]
+__all__ = ["Choice", "Hit", "Kept", "Memories", "Oracle", "PoolStep", "Rotate", "Step"]

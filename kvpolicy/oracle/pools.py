@@ -38,19 +38,22 @@ class Pool:
 
     def protected(self, first: int, window: int, special: Sequence[bool]) -> Array:
         """Which pages are safe [pages] bool: a page is if any of its tokens is, and so is the newest (page > 1)."""
-        held = {position: rank for rank, position in enumerate(sorted(self.positions()))} if self.fed else {}
-        arrived = len(held) if self.fed else self.seen
-
-        def safe(page: Page) -> bool:
-            places = [held[position] for position in page.positions] if self.fed else page.ordinals
-            return (
-                any(place < first or place >= arrived - window for place in places)
-                or (self.plan.pin_special and any(special[position] for position in page.positions))
-                or (self.plan.pin_survivors and page.survivor)
-                or (self.plan.page > 1 and page is self.pages[-1])
-            )
-
-        return np.array([safe(page) for page in self.pages], dtype=bool)
+        if not self.pages:
+            return np.zeros(0, dtype=bool)
+        positions = np.array([position for page in self.pages for position in page.positions])
+        places = np.array([ordinal for page in self.pages for ordinal in page.ordinals])
+        arrived = self.seen
+        if self.fed:
+            places, arrived = np.argsort(np.argsort(positions)), len(positions)
+        safe = (places < first) | (places >= arrived - window)
+        if self.plan.pin_special:
+            safe |= np.array(special)[positions]
+        pages = np.logical_or.reduceat(safe, np.cumsum([0, *(len(page.positions) for page in self.pages[:-1])]))
+        if self.plan.pin_survivors:
+            pages |= np.array([page.survivor for page in self.pages])
+        if self.plan.page > 1:
+            pages[-1] = True
+        return pages
 
     def take(self, gone: Collection[Page]) -> None:
         """Let these pages go."""

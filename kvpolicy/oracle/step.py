@@ -76,7 +76,8 @@ class OracleLayer:
         self._read()
         self._attend()
         self._observe()
-        self.before = [{name: pool.copy() for name, pool in pools.items()} for pools in self.heads]
+        due = any(self._due(pool.plan) for pool in self._pools())
+        self.before = _copied(self.heads) if due else self.heads  # for adopt()
         return self._update(None)
 
     def adopt(self, kept: Kept | None, memory: Memories | None = None) -> Step:
@@ -85,7 +86,7 @@ class OracleLayer:
             for page in self.before[head][name].pages:
                 if page.position in memories:
                     page.memory[leaf] = memories[page.position]
-        self.heads = [{name: pool.copy() for name, pool in pools.items()} for pools in self.before]
+        self.heads = _copied(self.before)
         return self._update(kept)
 
     def memories(self) -> Memories:
@@ -196,7 +197,8 @@ class OracleLayer:
             lowest = candidates & ~best(stay[head], pool.pages, scores[head], candidates)
             gone = lowest
             if kept is not None:
-                gone = candidates & [not kept[head][name].issuperset(page.positions) for page in pool.pages]
+                left = [not kept[head][name].issuperset(page.positions) for page in pool.pages]
+                gone = candidates & np.array(left, dtype=bool)
             budget = self._tokens(pool.plan.budget, head)
             choices[head, name] = _choice(budget, pool, scores[head], candidates, lowest, gone)
             leaving = [page for page, yes in zip(pool.pages, gone, strict=True) if yes]
@@ -280,6 +282,10 @@ class OracleLayer:
             probabilities=self.now.probabilities,
             output=self.now.output,
         )
+
+
+def _copied(heads: list[dict[str, Pool]]) -> list[dict[str, Pool]]:
+    return [{name: pool.copy() for name, pool in pools.items()} for pools in heads]
 
 
 def _deciding_together(heads: Sequence[int], plans: Sequence[PoolPlan]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpolicy.oracle import Choice, Hit, Kept, Memories, Oracle, Step
+from kvpolicy.oracle import Choice, Hit, Kept, Memories, Oracle, Rotate, Step
 from kvpolicy.plan import Plan, PoolPlan, ScorerPlan
 from kvpolicy.testing.float32 import RELATIVE, bound, boundary, grain
 
@@ -53,19 +53,21 @@ class NearTie:
 class Agreement:
     """An oracle that runs beside a runtime of the same plan, layer by layer and pass by pass.
 
-    ``compared`` counts the kept sets compared (row x layer x KV head x pass).
+    ``relative`` is the bound on scores, ``output_tolerance`` that on attention (of its greatest number, or of 1);
+    ``rotate`` is the oracle's. ``compared`` counts the kept sets compared (row x layer x KV head x pass).
     """
 
     plan: Plan
     rows: int = 1
     relative: float = RELATIVE
     output_tolerance: float = 1e-4
+    rotate: Rotate | None = None
     oracle: Oracle = field(init=False)
     compared: int = field(default=0, init=False)
     near_ties: list[NearTie] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.oracle = Oracle(self.plan, rows=self.rows)
+        self.oracle = Oracle(self.plan, rows=self.rows, rotate=self.rotate)
         self.doubts: dict[tuple[int, int], Doubts] = {}
 
     def check(
