@@ -1,0 +1,1 @@
+"""Benchmarks, and what people look at: each prints ratios taken in one run."""
