@@ -17,6 +17,7 @@ from rich.markup import escape
 import kvpolicy
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json
+from kvpolicy.models.smollm2 import cache_folder
 
 EPILOG = "Example: kvpolicy env --devices, pasted whole into a bug report."
 
@@ -44,6 +45,7 @@ def collect(devices: bool = False) -> dict[str, str | dict[str, str]]:
     facts: dict[str, str | dict[str, str]] = {
         "kvpolicy": kvpolicy.__version__,
         "location": str(Path(kvpolicy.__file__).parent),
+        "cache": str(cache_folder()),
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
         "packages": packages(),

@@ -14,6 +14,7 @@ from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.signals import SIGNALS, plugin_signals
+from kvpolicy.models import builtin_models
 
 EPILOG = "Examples: kvpolicy list; kvpolicy list policies --verbose; kvpolicy list --json."
 
@@ -76,8 +77,6 @@ def signals() -> list[dict[str, Any]]:
 
 def models() -> list[dict[str, Any]]:
     """Models that come with kvpolicy, or that it can fetch by itself."""
-    from kvpolicy.models import builtin_models
-
     return [{"name": model.name, "summary": model.summary} for model in builtin_models()]
 
 

@@ -10,9 +10,7 @@ import typer
 
 from kvpolicy.cli import output
 from kvpolicy.errors import UsageError
-from kvpolicy.language import Policy
-
-DRAFT = "https://json-schema.org/draft/2020-12/schema"
+from kvpolicy.language.schema import json_schema
 
 EPILOG = (
     "Example: kvpolicy schema -o kvpolicy.schema.json, and '# yaml-language-server: $schema=kvpolicy.schema.json' as "
@@ -26,7 +24,7 @@ def run(
     ] = None,
 ) -> None:
     """Print the JSON Schema (draft 2020-12) of the policy language."""
-    text = json.dumps({"$schema": DRAFT, **Policy.model_json_schema()}, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
     if to is None:
         print(text, end="")
         return
