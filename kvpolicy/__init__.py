@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from kvpolicy.language import loads_policy as loads_policy
     from kvpolicy.patching import applied as applied
     from kvpolicy.patching import apply as apply
+    from kvpolicy.patching import cache_for as cache_for
+    from kvpolicy.patching import compile_report as compile_report
     from kvpolicy.patching import from_pretrained as from_pretrained
     from kvpolicy.patching import remove as remove
     from kvpolicy.plan import ModelGeometry as ModelGeometry
     from kvpolicy.plan import Plan as Plan
     from kvpolicy.plan import make_plan as make_plan
+    from kvpolicy.runtime import DecodeLoop as DecodeLoop
     from kvpolicy.runtime import PolicyCache as PolicyCache
+    from kvpolicy.runtime import decode_loop as decode_loop
 
 __version__ = "0.1.0"
 
@@ -33,8 +37,8 @@ _PUBLIC = {  # module -> the public names it defines; a test holds this against 
     "errors": ("CacheError", "KvpolicyError", "MissingExtra", "ModelError", "PolicyError", "UsageError"),
     "language": ("Policy", "load_policy", "loads_policy"),
     "plan": ("ModelGeometry", "Plan", "make_plan"),
-    "runtime": ("PolicyCache",),
-    "patching": ("applied", "apply", "from_pretrained", "remove"),
+    "runtime": ("DecodeLoop", "PolicyCache", "decode_loop"),
+    "patching": ("applied", "apply", "cache_for", "compile_report", "from_pretrained", "remove"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -94,7 +94,7 @@ def _mark_survivors(pool: PoolPlan, state: LayerState, due: Tensor | None) -> No
 def drop_all_at_once(
     policy: PoolPolicy, state: LayerState, values: Mapping[str, Whole], score: Tensor, candidate: Tensor
 ) -> None:
-    """The update that ends a prompt turn, on the turn's workspace: any number of units go. Rings are laid anew later."""
+    """The update that ends a prompt turn, on the turn's workspace: any number of units go; rings are laid later."""
     pool = state.pools[policy.name]
     excess = excess_units(policy, pool.page, state.resident_units(pool).sum(-1), values)
     rank = drop_keys(pool, state, score, candidate).argsort(-1).argsort(-1)

@@ -30,8 +30,8 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
         most = int(count.max()) if count.numel() else 0
         if most > pool.units:
             raise CacheError(
-                f"pool {pool.name} keeps {most * pool.page} tokens, but only {pool.capacity} were planned; plan with the "
-                "lengths that the cache will really see"
+                f"pool {pool.name} keeps {most * pool.page} tokens, but only {pool.capacity} were planned; plan with "
+                "the lengths that the cache will really see"
             )
         _move(wide, source, into, pool, order[..., :most], count)
         into.lay_ring(pool, count, clocks.streams[pool.stream].opened)
@@ -59,7 +59,7 @@ def carry(old: LayerState, wide: LayerState) -> None:
 
 
 def _move(old: LayerState, source: PoolPlan, new: LayerState, target: PoolPlan, units: Tensor, count: Tensor) -> None:
-    """Gather ``units`` [B, K, V] of a pool into the first V units of another state; of them ``count`` [B, K] are real."""
+    """Gather ``units`` [B, K, V] of a pool into the first V units of another state; ``count`` [B, K] are real."""
     width = units.shape[-1]
     if width == 0:
         return

@@ -1,0 +1,80 @@
+"""Compare a live model's cache with the oracle: what its attention really saw, layer by layer and pass by pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.patching import cache_for
+from kvpolicy.runtime import PolicyCache
+from kvpolicy.testing.agreement import Agreement
+from kvpolicy.testing.beside import memories
+
+
+class Witness:
+    """Stands before a cache layer's ``forward`` and keeps the pass's queries, keys, values and output."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.scaling = 0.0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        output = type(self.layer).forward(self.layer, query, key, value, scaling)
+        self.seen, self.scaling = (query, key, value, output), scaling
+        return output
+
+
+class LiveAgreement:
+    """A patched model that runs beside the oracle, in eager mode.
+
+    Args:
+        model: a model with a policy applied (not compiled).
+        cache: its cache; by default one for the given lengths.
+    """
+
+    def __init__(self, model: Any, cache: PolicyCache | None = None, **lengths: Any) -> None:
+        self.model = model
+        self.cache = cache or cache_for(model, **lengths)
+        self.agreement = Agreement(self.cache.plan, rows=self.cache.plan.batch)
+        self.witnesses = [Witness(layer) for layer in self.cache.layers]
+        for witness in self.witnesses:
+            witness.layer.forward = witness
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None) -> Tensor:
+        """One pass of the model over ``ids`` [B, N], compared in ``layers`` (all by default); returns the logits.
+
+        Args:
+            mask: [B, columns seen + N], 0 for padding, as the model takes it.
+
+        Raises:
+            Disagreement: the first layer, row and head where the runtime kept otherwise.
+        """
+        columns, first = ids.shape[1], self.cache.get_seq_length() == 0
+        positions = None
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+        logits = self.model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
+        ).logits
+        valid = None if mask is None or columns == 1 else mask[:, -columns:].bool()
+        for number in range(len(self.witnesses)) if layers is None else layers:
+            seen = self.witnesses[number].seen
+            assert seen is not None
+            query, key, value, output = (tensor.float() for tensor in seen)
+            self.agreement.check(
+                number,
+                query,
+                key,
+                value,
+                self.cache.positions(number),
+                valid=valid,
+                kind="generated" if columns == 1 and not first else "prompt",
+                scaling=self.witnesses[number].scaling,
+                output=output,
+                memory=memories(self.cache, number),
+            )
+        return logits
