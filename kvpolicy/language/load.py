@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvpolicy.errors import Diagnostic, PolicyError
+from kvpolicy.language.base import Complaint
 from kvpolicy.language.checks import check
 from kvpolicy.language.definitions import Definitions
 from kvpolicy.language.inherit import FLAG, complete, flag_span, with_values
@@ -17,7 +18,7 @@ from kvpolicy.language.library import fetch
 from kvpolicy.language.nodes import Node
 from kvpolicy.language.policy import VERSION, Policy
 from kvpolicy.language.reader import read
-from kvpolicy.language.report import from_models, gather, refuse
+from kvpolicy.language.report import from_models, gather, place, refuse
 
 
 def load_policy(source: str | Path, set: Mapping[str, object] | None = None) -> Policy:
@@ -104,6 +105,9 @@ class Text:
 
     def bind(self, params: Mapping[str, object]) -> Policy:
         return resolve_with(self.root, params)
+
+    def diagnostic(self, path: tuple[str | int, ...], complaint: Complaint) -> Diagnostic:
+        return place(self.root, path, complaint)
 
     def to_yaml(self) -> str:
         root = Node({key: node for key, node in self.root.content.items() if key != "extends"}, self.root.span)

@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from kvpolicy.errors import UsageError
+from kvpolicy.errors import Diagnostic, UsageError
 from kvpolicy.language.base import Complaint, KnownMistake, Strict
 from kvpolicy.language.nodes import shown, typed
 from kvpolicy.language.override import LayerRange, Override, overridden
@@ -134,11 +134,13 @@ class PolicyTest(Strict):
 
 
 class Origin(Protocol):
-    """Where a policy came from: what `bind` and `to_yaml` need of its text."""
+    """Where a policy came from: what `bind`, `to_yaml` and `diagnostic` need of its text."""
 
     def bind(self, params: dict[str, object]) -> Policy: ...
 
     def to_yaml(self) -> str: ...
+
+    def diagnostic(self, path: tuple[str | int, ...], complaint: Complaint) -> Diagnostic: ...
 
 
 class Policy(Strict):
@@ -232,6 +234,10 @@ class Policy(Strict):
     def to_yaml(self) -> str:
         """The policy as one YAML text, parent merged in, that loads to an equal policy."""
         return self._text().to_yaml()
+
+    def diagnostic(self, path: tuple[str | int, ...], complaint: Complaint) -> Diagnostic:
+        """A complaint about what lies at `path`, keys and indices from the top, as a message that shows the place."""
+        return self._text().diagnostic(path, complaint)
 
     def _text(self) -> Origin:
         if self._origin is None:
