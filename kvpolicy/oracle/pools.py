@@ -26,7 +26,7 @@ class Pool:
 
     def enter(self, position: int, t: int) -> None:
         """Admit one token: into the open page, or into a new one."""
-        if not self.open or len(self.pages[-1].positions) == self.plan.page:
+        if not self.open or not self.pages or len(self.pages[-1].positions) == self.plan.page:
             self.pages.append(Page(entered=t))
         self.open = True
         self.pages[-1].positions.append(position)

@@ -215,8 +215,8 @@ class OracleLayer:
         return scores
 
     def _scoring(self, view: View, name: str, safe: Array, reading: bool = False) -> Scoring:
-        pools = self.heads[view.head]
-        pool, others = pools[name], [page for other, pool in pools.items() if other != name for page in pool.pages]
+        pool = self.heads[view.head][name]
+        others = [page for other in self.heads[view.head].values() if other is not pool for page in other.pages]
         scorer = pool.plan.read.scorer if reading and pool.plan.read is not None else pool.plan.scorer
         stay = min(self._room(view.head, pool, safe), int((~safe).sum()))
         return Scoring(view, name, scorer, pool.pages, safe, others, stay, self._names(view.head))

@@ -29,7 +29,8 @@ class NearTie:
     """A choice that float32 could not tell from the oracle's: units by their positions.
 
     ``gap`` is the largest difference of two scores that were swapped, ``bound`` what float32 may be off by; both are 0
-    where a hit on the boundary, in this pass or an earlier one, is the reason (``hit``).
+    where a hit on the boundary, in this pass or an earlier one, is the reason (``hit``). A gap of 0 without it is a tie
+    that even float64 sees: more than a few of them mean that the runtime breaks ties the other way.
     """
 
     layer: int

@@ -49,7 +49,7 @@ class Draw:
         return f"{{{self.leaf()}}}"
 
     def pool(self, admit: str, to: str = "") -> str:
-        budget = self.one(24, 32, "8 + t // 4", "20% * context + 10", "if(t < 9, 40, 18)", "max(9, 40 - t)")
+        budget = self.one(24, 32, "8 + t // 4", "20% * context + 10", '"if(t < 9, 40, 18)"', '"max(9, 40 - t)"')
         scope = self.one("kv-head", "layer", "across-heads, floor: 30%") + (f", to: {to}" if to else "")
         parts = [f"budget: {budget}"] + ([f"admit: {admit}"] if admit else [])
         parts += self.maybe("page", 2, 4, 5, odds=0.4)
@@ -201,5 +201,6 @@ def test_adopting_ones_own_choice_changes_nothing(seed: int) -> None:
 def test_the_draws_reach_the_language() -> None:
     texts = " ".join(drawn(seed)[0] for seed in SEEDS)
     features = "page: read: store: survivors special last-hit recurrence max-decay sum: product: across-heads layer"
+    features += " if( max("
     features += " smooth norm: candidates key-similarity key-anchor page-bound random prompt-end every: hit: to: cold"
     assert [feature for feature in features.split() if feature not in texts] == []

@@ -154,6 +154,11 @@ def test_the_kind_of_a_pass_is_told_by_its_length_unless_said() -> None:
         oracle.step(0, None, None, logits=[np.zeros((1, 2, 6))], kind="generated")
 
 
+def test_a_pool_may_be_emptied() -> None:
+    run = Picture('all: {admit: all, budget: "if(t < 2, 0, 2)"}')
+    assert [resident(s) for s in [run.tokens(3), run.say(), run.say(), run.say()]] == [[], [], [4], [4, 5]]
+
+
 # Pages.
 
 PAGED = "all: {admit: all, page: 2, budget: 4, scorer: {signal: attention}}"
