@@ -64,12 +64,24 @@ class Diagnostic:
         lines = [f"{self.place}: {self.reason}"]
         if self.snippet:
             gutter = f"{self.line:>5} | "
+            text, start = self._cropped()
             # Tabs are kept in the underline's margin, so that the caret lands where the terminal puts the text.
-            margin = "".join("\t" if letter == "\t" else " " for letter in self.snippet[: self.column - 1])
-            lines += [f"{gutter}{self.snippet}", f"{' ' * (len(gutter) - 2)}| {margin}{'^' * max(1, self.width)}"]
+            margin = "".join("\t" if letter == "\t" else " " for letter in text[:start])
+            carets = "^" * max(1, min(self.width, len(text) - start))
+            lines += [f"{gutter}{text}", f"{' ' * (len(gutter) - 2)}| {margin}{carets}"]
         if self.hint:
             lines.append(f"      = {self.hint}")
         return "\n".join(lines)
+
+    def _cropped(self) -> tuple[str, int]:
+        """The snippet, cut to what fits around the place, and where in it the place is."""
+        start, most = self.column - 1, 120
+        if len(self.snippet) <= most:
+            return self.snippet, start
+        left = max(0, min(start - most // 2, len(self.snippet) - most))
+        cut = self.snippet[left : left + most]
+        cut = "…" + cut[1:] if left else cut
+        return (cut[:-1] + "…" if left + most < len(self.snippet) else cut), start - left
 
 
 class PolicyError(KvpolicyError, ValueError):

@@ -16,7 +16,7 @@ from kvpolicy.language.override import overridden
 from kvpolicy.language.policy import Policy
 from kvpolicy.language.pool import Pool
 from kvpolicy.language.quantity import Quantity
-from kvpolicy.language.scope import Scope
+from kvpolicy.language.scope import Scope, listed
 from kvpolicy.language.scorer import Scorer
 from kvpolicy.language.signals import SIGNALS
 from kvpolicy.language.vocabulary import nearest
@@ -35,6 +35,7 @@ def check(policy: Policy) -> Iterator[Placed]:
         if override.pools is not None:
             for where, complaint in check_pools(overridden(policy.pools, override.pools)):
                 if (where, complaint.reason) not in known:
+                    complaint.reason += ", in the layers or heads of this override"
                     yield ("overrides", index, "pools", *where), complaint
     yield from check_tests(policy)
 
@@ -70,8 +71,8 @@ def check_admission(pools: Mapping[str, Pool]) -> Iterator[Placed]:
             kind: {"special": ("prompt", "generated"), "image": ("prompt",)}.get(kind, (kind,)) for kind in pool.admits
         }
         if rivals and all(kind in taken or all(rival in taken for rival in rivals[kind]) for kind in rivals):
-            first = next(taken.get(rival, "") for kind in rivals for rival in (kind, *rivals[kind]) if rival in taken)
-            reason = f"the pool `{shown(name)}` never receives a token: `{first}`, above it, takes them all"
+            takers = {taken[rival] for kind in rivals for rival in (kind, *rivals[kind]) if rival in taken}
+            reason = f"the pool `{shown(name)}` never receives a token: all go to {listed(sorted(takers))}, above it"
             yield (name, "admit"), Complaint(reason, "pools are read top-down: move it up, or admit something else")
         for kind in pool.admits:
             taken.setdefault(kind, name)
@@ -93,7 +94,8 @@ def check_transfers(pools: Mapping[str, Pool]) -> Iterator[Placed]:
                 Complaint("a pool cannot evict to itself", "name another pool, or leave `to` out to drop tokens"),
             )
         elif to not in pools:
-            yield where, Complaint(f"there is no pool `{shown(to)}` to evict to", nearest(to, pools.keys() - {name}))
+            hint = nearest(to, pools.keys() - {name}) or "add that pool, or leave `to` out to drop tokens"
+            yield where, Complaint(f"there is no pool `{shown(to)}` to evict to", hint)
         elif pool.budget is None:
             yield where, Complaint(f"`{shown(name)}` has no budget, so it never sends anything", "give it a budget")
 

@@ -79,7 +79,7 @@ class Definitions:
                 default = node.content["default"]
                 try:
                     if not isinstance(default.content, str):
-                        raise Complaint(f"a number or an expression expected, found {default.kind}")
+                        raise Complaint(f"`{name}` is a number or an expression, but this is {default.kind}")
                     self.scope.resolve(default.content)
                 except Complaint as complaint:
                     self.complaints.append((("params", name, "default"), complaint))
@@ -109,7 +109,9 @@ class Definitions:
                 if value is not None and isinstance(value.content, str):
                     yield name, value.content
                 elif value is not None:
-                    self.complain(name, Complaint(f"a number or an expression expected, found {value.kind}"))
+                    self.complain(
+                        name, Complaint(f"`{shown(name)}` is a number or an expression, but this is {value.kind}")
+                    )
 
     def misnamed(self, name: str, kind: str) -> tuple[str, str]:
         if len(self.places) >= MAX_NAMES:

@@ -112,8 +112,15 @@ def merge_keys(
 def forgotten(key: str, value: Node, old: Mapping[str, Node]) -> Diagnostic:
     """`null` that deletes nothing is a value that was forgotten, or a misspelt key."""
     near = nearest(key, old) if old else ""
-    hint = near if near.startswith("did") else "leave the key out, or give it a value"
-    return (value.key or value.span).diagnostic(f"`{shown(key)}` has no value, and no parent's to delete", hint)
+    hint = near if near.startswith("did") else blank_hint(value)
+    reason = f"`{shown(key)}` has no value" + (", and the parent has none to delete" if old else "")
+    return (value.key or value.span).diagnostic(reason, hint)
+
+
+def blank_hint(value: Node) -> str:
+    span = value.key or value.span
+    glued = ":" in span.source.text[span.start : span.end]
+    return "a space belongs after the colon" if glued else "leave it out, or give it a value"
 
 
 def blanks(node: Node, allowed: int = 0) -> Iterator[Diagnostic]:
@@ -123,10 +130,7 @@ def blanks(node: Node, allowed: int = 0) -> Iterator[Diagnostic]:
         if part.content is not None:
             yield from blanks(part, max(0, allowed - 1))
         elif not allowed:
-            span = part.key or part.span
-            glued = ":" in span.source.text[span.start : span.end]
-            hint = "a space belongs after the colon" if glued else "leave it out, or give it one"
-            yield span.diagnostic("a value is missing here", hint)
+            yield (part.key or part.span).diagnostic("a value is missing here", blank_hint(part))
 
 
 def override_blanks(overrides: Node) -> Iterator[Diagnostic]:

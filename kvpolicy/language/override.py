@@ -78,15 +78,20 @@ class Override(Strict):
 
     @model_validator(mode="after")
     def _one_each(self) -> Override:
-        if (self.layers is None) == (self.heads is None):
-            raise Complaint("an override names either `layers` or `heads`", f"as in `{self.EXAMPLE}`")
-        if self.dense == (self.pools is not None):
-            raise Complaint("an override says either `dense: true` or `pools`", f"as in `{self.EXAMPLE}`")
-        if not (self.layers if self.heads is None else self.heads):
-            raise Complaint(
-                "an override of nothing", f"as in `{self.EXAMPLE}`", ("layers" if self.layers == () else "heads",)
-            )
+        self._choose("layers", "heads", "names `layers` or `heads`")
+        self._choose("dense", "pools", "says `dense: true` or `pools`")
         return self
+
+    def _choose(self, one: str, other: str, need: str) -> None:
+        """Complain unless exactly one of two keys is given, and says something."""
+        first, second = getattr(self, one), getattr(self, other)
+        if first not in (None, False) and second is not None:
+            raise Complaint(f"`{one}` and `{other}` answer the same question", "keep one of them", (other,), "key")
+        if first in (None, False) and second is None:
+            raise Complaint(f"an override {need}", f"as in `{self.EXAMPLE}`")
+        if () in (first, second):
+            empty = one if first == () else other
+            raise Complaint(f"`{empty}` names none", f"as in `{self.EXAMPLE}`", (empty,))
 
     def applies(self, layer: int, layers: int, head: int | None) -> bool:
         """Whether it is about this layer and head; no head means that of most heads."""

@@ -51,32 +51,45 @@ def read(text: str, name: str) -> Node:
     return root
 
 
-ADVICE = {
-    "mapping values are not allowed": "quote a text that holds `: `; else compare the indentation",
-    "cannot start any token": "quote the text that begins with this character; indent with spaces, never tabs",
-    "could not find expected ':'": "every key is followed by a colon and a space",
-    "expected <block end>": "compare the indentation with the lines above",
-    "expected ',' or": "a comma is missing, or a bracket is not closed",
-    "unclosed": "close the quote, bracket or brace",
-    "sequence entries are not allowed": "begin a list on a line of its own, or write it as `[a, b]`",
-}
+KNOWN_ERRORS = (
+    ("'\\t' that cannot start", "a tab stands here", "indent with spaces"),
+    ("that cannot start any token", "no value begins with this character", "quote the text that begins here"),
+    (
+        "mapping values are not allowed",
+        "a second colon in one line",
+        "quote a text that holds `: `, or check the indentation",
+    ),
+    ("could not find expected ':'", "a line without `key: value`", "every key is followed by a colon and a space"),
+    ("expected <block end>", "this is indented unlike the lines above", "indent the keys of one mapping alike"),
+    (
+        "sequence entries are not allowed",
+        "a list cannot begin here",
+        "begin it on a line of its own, or write `[a, b]`",
+    ),
+    ("expected ',' or", "a comma or the closing bracket is missing before this", ""),
+    ("expected the node content", "a key or a value is missing before this", ""),
+    ("expected '<document start>'", "a second value begins here", "a policy is one mapping"),
+)
+"""Words of PyYAML's message, what they mean, and the way out."""
 
 
 def syntax_error(source: Source, error: yaml.MarkedYAMLError) -> Diagnostic:
-    """PyYAML's words, placed, and a way out where one is known."""
+    """What PyYAML found wrong, placed, with a way out where one is known."""
     problem = shown(error.problem or "this cannot be read", 200)
     unclosed = "stream end" in problem or "end of stream" in problem
-    mark = (error.context_mark if unclosed else None) or error.problem_mark or error.context_mark
+    begun = unclosed or "could not find expected" in problem  # then the culprit is where the reading began
+    mark = (error.context_mark if begun else None) or error.problem_mark or error.context_mark
     index = min(mark.index, len(source.text)) if mark else 0
     while index and index >= len(source.text.rstrip()):  # what is missing at the end belongs to the last word
         index -= 1
+    span = Span(source, index, index + 1)
     if unclosed:
-        return Span(source, index, index + 1).diagnostic(
-            "not YAML: what begins here is never finished", ADVICE["unclosed"]
+        opener = source.text[index : index + 1]
+        return span.diagnostic(
+            f"not YAML: what `{opener}` begins is never finished", "close the quote, bracket or brace"
         )
-    context = shown(f" {error.context}" if error.context else "", 100)
-    hint = next((advice for words, advice in ADVICE.items() if words in problem), "")
-    return Span(source, index, index + 1).diagnostic(f"not YAML: {problem}{context}", hint)
+    reason, hint = next(((reason, hint) for words, reason, hint in KNOWN_ERRORS if words in problem), (problem, ""))
+    return span.diagnostic(f"not YAML: {reason}", hint)
 
 
 @dataclass

@@ -124,7 +124,7 @@ def translate(error: Any, node: Node, path: Path) -> Complaint:
     if expected is None:
         return Complaint(shown(error["msg"], 200))
     subject = f"`{shown(last)}` is {expected}" if isinstance(last, str) and last else f"{expected} expected"
-    hint = ""
+    hint = "write `[…]`, or each item on a line of its own after `- `" if expected == "a list" else ""
     if expected == "a mapping":
         example = getattr(model_at(path), "EXAMPLE", "")
         hint = f"as in `{example}`" if example else ""

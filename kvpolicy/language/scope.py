@@ -49,15 +49,18 @@ class Scope:
         return quantity, parsed
 
     def check_names(self, names: Iterable[Mention]) -> None:
+        consequence = ""
         for name in names:
             self.used.add(name.word)
             if name.word in self.broken:
-                raise KnownMistake(name.word)
-            if "(" in name.word:
+                consequence = name.word
+            elif "(" in name.word:
                 self.check_pool(name)
             elif name.word not in self.values and name.word not in BUILTIN_NAMES:
                 hint = nearest(name.word, (*self.values, *self.broken, *BUILTIN_NAMES))
                 raise Complaint(f"the name `{shown(name.word)}` is unknown", hint, offset=name.offset, width=name.width)
+        if consequence:
+            raise KnownMistake(consequence)
 
     def check_pool(self, name: Mention) -> None:
         function, _, pool = name.word.rstrip(")").partition("(")
@@ -97,18 +100,19 @@ class Role:
     when: Literal["plan", "pass"] = "pass"
     least: Fraction | None = None
     most: Fraction | None = None
+    name: str = ""
+    """What messages call it, where that is not the field's own name."""
 
     def read(self, value: object, info: ValidationInfo) -> Quantity:
         """Read a scalar, or take a quantity, in the scope that the validation's context gives."""
+        name = self.name or info.field_name or "this"
         if isinstance(value, bool) or not isinstance(value, (str, int, float, Fraction, Quantity)):
-            found = (
-                "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else f"`{shown(value)}`"
-            )
-            raise Complaint(f"a number or an expression expected, found {found}")
+            kinds = {dict: "a mapping", list: "a list", bool: f"`{value}`".lower()}
+            found = kinds.get(type(value), f"`{shown(value)}`")
+            raise Complaint(f"`{name}` is a number or an expression, but this is {found}")
         scope = info.context if isinstance(info.context, Scope) else Scope()
         text = str(value)
         quantity, parsed = scope.resolve(text)
-        name = (info.field_name or "this").replace("_", "-")
         self.check_time(quantity, parsed, scope, name)
         self.check_share(quantity, parsed, text, name)
         self.check_limits(quantity, name)

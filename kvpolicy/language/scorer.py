@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import floor
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema
 from kvpolicy.language.base import Complaint, KnownMistake, Spelled, Strict, Words
 from kvpolicy.language.nodes import Scalar, shown, typed
 from kvpolicy.language.quantity import Quantity
-from kvpolicy.language.scope import Count, FixedNumber, FixedShare, Role, Share
+from kvpolicy.language.scope import ONE, ZERO, Count, FixedNumber, FixedShare, Role, Share
 from kvpolicy.language.signals import SIGNALS, Argument, signal_names
 from kvpolicy.language.vocabulary import nearest
 
@@ -94,7 +94,7 @@ def arguments(name: str, given: Mapping[str, object], info: ValidationInfo) -> d
 def number(value: object, info: ValidationInfo, path: tuple[str | int, ...]) -> Quantity:
     """A number known when the plan is made; complaints are placed at `path`."""
     try:
-        return Role("number", "plan").read(value, info)
+        return Role("number", "plan", name=str(path[-1])).read(value, info)
     except Complaint as complaint:
         complaint.path = path
         raise
@@ -175,7 +175,9 @@ class Memory(Spelled):
     decay: FixedShare | None = None
     """the sum so far times this, plus the new score"""
 
-    max_decay: FixedShare | None = Field(None, alias="max-decay")
+    max_decay: Annotated[Quantity, Role("share", "plan", ZERO, ONE, "max-decay")] | None = Field(
+        None, alias="max-decay"
+    )
     """the larger of the memory times this and the new score"""
 
     recurrence: FixedNumber | None = None
@@ -186,14 +188,21 @@ class Memory(Spelled):
         return self.decay or self.max_decay or self.recurrence
 
 
+ReducedHeads = Literal["mean", "max", "sum", "logits-max"]
+
+
 def heads_spelling(value: Any, info: ValidationInfo) -> Any:
     """`{logits: max}` -> "logits-max", the name it goes by inside."""
     if isinstance(value, dict) and list(value) == ["logits"] and value["logits"] == "max":
         return "logits-max"
     if value == "logits-max" and info.context is not None:
         raise Complaint("`logits-max` is written differently", "write `{logits: max}`")
+    ways = "one of `mean`, `max`, `sum`, `{logits: max}`"
     if not isinstance(value, str):
-        raise Complaint("this is not a value of `heads`", "one of `mean`, `max`, `sum`, `{logits: max}`")
+        raise Complaint("this is not a value of `heads`", ways)
+    if value not in get_args(ReducedHeads):
+        near = nearest(value, ("mean", "max", "sum"))
+        raise Complaint(f"`{shown(value)}` is not a value of `heads`", near if near.startswith("did") else ways)
     return value
 
 
@@ -211,9 +220,7 @@ HEADS_SCHEMA: dict[str, Any] = {
         },
     ]
 }
-Heads = Annotated[
-    Literal["mean", "max", "sum", "logits-max"], BeforeValidator(heads_spelling), WithJsonSchema(HEADS_SCHEMA)
-]
+Heads = Annotated[ReducedHeads, BeforeValidator(heads_spelling), WithJsonSchema(HEADS_SCHEMA)]
 
 
 class Scorer(Strict):
