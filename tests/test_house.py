@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kvpolicy"
 
 ORDER = (  # each imports only from its left
-    "errors", "language", "plan", "oracle", "scorers", "attention", "runtime", "architecture", "patching", "models",
+    "errors", "language", "plan", "oracle", "attention", "scorers", "runtime", "architecture", "patching", "models",
     "testing", "lab", "cli",
 )  # fmt: skip
 WITHOUT_TORCH = ("errors", "language", "plan", "oracle", "architecture")

@@ -114,7 +114,7 @@ def update_order(plans: Sequence[PoolPlan]) -> list[str]:
     for plan in plans:
         if plan.to is not None:
             before[plan.to].add(plan.name)
-        names = {name for quantity in plan.quantities() for name in quantity.names if name.startswith("size(")}
+        names = {name for _, quantity in plan.quantities() for name in quantity.names if name.startswith("size(")}
         before[plan.name] |= {name[len("size(") : -1] for name in names} - {plan.name}
     order: list[str] = []
     while len(order) < len(before):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
 from kvpolicy.errors import PolicyError, UsageError
-from kvpolicy.language import Policy, Quantity
+from kvpolicy.language import Policy, Quantity, QuantityError, Range
+from kvpolicy.language.base import Complaint
 from kvpolicy.language.policy import Pool, Scorer
 from kvpolicy.plan.buffers import clock_buffers, layer_buffers
 from kvpolicy.plan.geometry import ModelGeometry
-from kvpolicy.plan.sizes import Lengths, check_quantities, size_pools
+from kvpolicy.plan.sizes import Lengths, size_pools
 from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
 
 Known = Mapping[str, Fraction]
+Path = tuple[str | int, ...]  # keys and indices from the top of a policy's text
 
 
 def make_plan(
@@ -44,7 +47,7 @@ def make_plan(
             "a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; "
             f"got batch {batch}, turns {turns}, prompt {low}..{high}, max_new_tokens {max_new_tokens}"
         )
-    lengths = Lengths((low, high), max_new_tokens, turns)
+    lengths = Lengths((low, high), max_new_tokens, turns, geometry.kv_heads)
     layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
     streams = _streams(layers)
     layers = [_number_streams(layer, streams) for layer in layers]
@@ -89,9 +92,24 @@ def _layer_pools(
     else:
         planned = _effective(tuple(_plan_pool(policy, name, pool, known) for name, pool in pools.items()))
     order = _update_order(planned)
-    sized = size_pools(planned, order, lengths)
-    check_quantities(sized, lengths)
-    return sized, order
+    for pool in planned:
+        _check_quantities(policy, pool, planned, lengths)
+    return size_pools(planned, order, lengths), order
+
+
+def _check_quantities(policy: Policy, pool: PoolPlan, pools: tuple[PoolPlan, ...], lengths: Lengths) -> None:
+    """Refuse an expression that may divide by zero, and a budget that nothing bounds, at these lengths."""
+    ranges = lengths.ranges()
+    for other in pools:
+        ranges[f"seen({other.name})"] = ranges[f"size({other.name})"] = Range(Fraction(0), Fraction(10**9))
+    for key, quantity in pool.quantities():
+        try:
+            high = quantity.bound(ranges).high
+        except QuantityError as error:
+            hint = error.hint or f"lengths: prompt {lengths.prompt[0]}..{lengths.prompt[1]}, t 0..{lengths.generated}"
+            raise _refusal(policy, ("pools", pool.name, *key), f"`{quantity.text}`: {error.reason}", hint) from None
+        if key == ("budget",) and high == math.inf:
+            raise _refusal(policy, ("pools", pool.name, "budget"), f"nothing bounds `{quantity.text}`")
 
 
 def _effective(pools: tuple[PoolPlan, ...]) -> tuple[PoolPlan, ...]:
@@ -109,22 +127,24 @@ def _plan_pool(policy: Policy, name: str, pool: Pool, known: Known) -> PoolPlan:
     pins = {pin.kind for pin in pool.pinned}
     every = 0
     if pool.update.kind != "prompt-end":
-        every = _whole(policy, pool.update.every, known, f"{name}: update every", 1)
+        every = _whole(policy, pool.update.every, known, ("pools", name, "update", "every"), 1)
     return PoolPlan(
         name=name,
         admits=pool.admits,
-        page=_whole(policy, pool.page, known, f"{name}: page", 1),
+        page=_whole(policy, pool.page, known, ("pools", name, "page"), 1),
         budget=_fold(pool.budget, known),
         window=_fold(pool.window, known),
         first=_fold(first, known),
         pin_special="special" in pins,
         pin_survivors="survivors" in pins,
-        scorer=_plan_scorer(policy, pool.scorer, known, name) if pool.scorer else ScorerPlan(),
+        scorer=_plan_scorer(policy, pool.scorer, known, ("pools", name, "scorer")) if pool.scorer else ScorerPlan(),
         scope=pool.evict.scope,
-        floor=_number(policy, pool.evict.floor, known, f"{name}: floor"),
+        floor=_number(policy, pool.evict.floor, known, ("pools", name, "evict", "floor")),
         to=pool.evict.to,
         cadence=every,
-        read=ReadPlan(pool.read.top.fold(known), _plan_scorer(policy, pool.read.scorer, known, name))
+        read=ReadPlan(
+            pool.read.top.fold(known), _plan_scorer(policy, pool.read.scorer, known, ("pools", name, "read", "scorer"))
+        )
         if pool.read
         else None,
         store=_plan_store(policy, pool, known, name),
@@ -135,32 +155,33 @@ def _plan_store(policy: Policy, pool: Pool, known: Known, name: str) -> StorePla
     if pool.store is None:
         return None
     return StorePlan(
-        bits=_whole(policy, pool.store.bits, known, f"{name}: store bits", 1),
-        group=_whole(policy, pool.store.group, known, f"{name}: store group", 1),
+        bits=_whole(policy, pool.store.bits, known, ("pools", name, "store", "bits"), 1),
+        group=_whole(policy, pool.store.group, known, ("pools", name, "store", "group"), 1),
         keys=pool.store.keys,
         values=pool.store.values,
     )
 
 
-def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: str) -> ScorerPlan:
-    weight = _number(policy, scorer.weight, known, f"{where}: weight")
+def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: Path) -> ScorerPlan:
+    weight = _number(policy, scorer.weight, known, (*where, "weight"))
     for op, parts in (("sum", scorer.sum), ("product", scorer.product)):
         if parts is not None:
-            return ScorerPlan(op=op, weight=weight, parts=tuple(_plan_scorer(policy, p, known, where) for p in parts))
+            planned = (_plan_scorer(policy, part, known, (*where, op, n)) for n, part in enumerate(parts))
+            return ScorerPlan(op=op, weight=weight, parts=tuple(planned))
     assert scorer.signal is not None
     args = tuple((key, _argument(policy, value, known, where)) for key, value in sorted(scorer.signal.args.items()))
     queries: str | int = scorer.queries.kind
     if scorer.queries.kind == "last":
         assert scorer.queries.last is not None
-        queries = _whole(policy, scorer.queries.last, known, f"{where}: queries last", 1)
+        queries = _whole(policy, scorer.queries.last, known, (*where, "queries", "last"), 1)
     hit: tuple[str, Quantity] | tuple[str, Fraction] | None = None
     if scorer.hit is not None and scorer.hit.kind == "top":
         hit = ("top", scorer.hit.value.fold(known))
     elif scorer.hit is not None:
-        hit = ("above", _number(policy, scorer.hit.value, known, f"{where}: hit above"))
-    smooth = scorer.smooth and (scorer.smooth.kind, _whole(policy, scorer.smooth.width, known, f"{where}: smooth", 1))
+        hit = ("above", _number(policy, scorer.hit.value, known, (*where, "hit", "above")))
+    smooth = scorer.smooth and (scorer.smooth.kind, _whole(policy, scorer.smooth.width, known, (*where, "smooth"), 1))
     value = scorer.memory.value
-    memory = (scorer.memory.kind, None if value is None else _number(policy, value, known, f"{where}: memory"))
+    memory = (scorer.memory.kind, None if value is None else _number(policy, value, known, (*where, "memory")))
     return ScorerPlan(
         weight=weight,
         signal=scorer.signal.name,
@@ -175,7 +196,7 @@ def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: str) -> Sc
     )
 
 
-def _argument(policy: Policy, value: object, known: Known, where: str) -> object:
+def _argument(policy: Policy, value: object, known: Known, where: Path) -> object:
     return _number(policy, value, known, where) if isinstance(value, Quantity) else value
 
 
@@ -183,22 +204,25 @@ def _fold(quantity: Quantity | None, known: Known) -> Quantity | None:
     return None if quantity is None else quantity.fold(known)
 
 
-def _number(policy: Policy, quantity: Quantity, known: Known, where: str) -> Fraction:
+def _number(policy: Policy, quantity: Quantity, known: Known, where: Path) -> Fraction:
     folded = quantity.fold(known)
     if folded.constant is None:
-        raise PolicyError(
-            f"{policy.source}: {where} '{quantity.text}' must be known before the run; it depends on "
-            f"{', '.join(sorted(folded.names))}"
-        )
+        waits = ", ".join(sorted(folded.names))
+        raise _refusal(policy, where, f"`{quantity.text}` must be known before the run, and it depends on {waits}")
     return folded.constant
 
 
-def _whole(policy: Policy, quantity: Quantity, known: Known, where: str, least: int) -> int:
+def _whole(policy: Policy, quantity: Quantity, known: Known, where: Path, least: int) -> int:
     number = _number(policy, quantity, known, where)
     whole = number.numerator // number.denominator
     if whole < least:
-        raise PolicyError(f"{policy.source}: {where} is {whole} in layer {known['layer']}; the least is {least}")
+        raise _refusal(policy, where, f"`{quantity.text}` is {whole} in layer {known['layer']}; the least is {least}")
     return whole
+
+
+def _refusal(policy: Policy, where: Path, reason: str, hint: str = "") -> PolicyError:
+    """An error that points into the policy's text."""
+    return PolicyError(diagnostics=[policy.diagnostic(where, Complaint(reason, hint))])
 
 
 def _update_order(pools: tuple[PoolPlan, ...]) -> tuple[int, ...]:
@@ -206,7 +230,7 @@ def _update_order(pools: tuple[PoolPlan, ...]) -> tuple[int, ...]:
     names = [pool.name for pool in pools]
     before: dict[str, set[str]] = {pool.name: set() for pool in pools}
     for pool in pools:
-        for quantity in pool.quantities():
+        for _, quantity in pool.quantities():
             sizes = {name[5:-1] for name in quantity.names if name.startswith("size(")}
             before[pool.name] |= sizes - {pool.name}
         if pool.to is not None:
@@ -230,7 +254,7 @@ def _streams(layers: list[LayerPlan]) -> tuple[Stream, ...]:
 
 def _number_streams(layer: LayerPlan, streams: tuple[Stream, ...]) -> LayerPlan:
     sizes = {
-        name[5:-1] for pool in layer.pools for q in pool.quantities() for name in q.names if name.startswith("size(")
+        name[5:-1] for pool in layer.pools for _, q in pool.quantities() for name in q.names if name.startswith("size(")
     }
     pools = tuple(
         replace(pool, stream=streams.index(Stream(pool.admits, pool.page)), size_read=pool.name in sizes)

@@ -6,18 +6,19 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from kvpolicy.errors import UsageError
 from kvpolicy.language import Range
 from kvpolicy.plan.structure import PoolPlan, admitted
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths a plan is made for: prompt tokens of a row (fewest, most), generated tokens, prompt turns."""
+    """The lengths a plan is made for: prompt tokens of a row (fewest, most), generated tokens, prompt turns; and over
+    how many KV heads a budget may be shared out."""
 
     prompt: tuple[int, int]
     generated: int
     turns: int = 1
+    kv_heads: int = 1
 
     def ranges(self) -> dict[str, Range]:
         """What the clocks in an expression may read, from the end of the prompt to the last generated token."""
@@ -51,8 +52,8 @@ def size_pools(
         if pool.budget is None:
             pool = replace(pool, bound=ever, capacity=ever)
         else:
-            bound = min(ever, max(_within_budget(pool, ranges), _protected(pool, ranges, ever)))
-            slack = _slack(pool, lengths)
+            bound = min(ever, max(_within_budget(pool, ranges, lengths), _protected(pool, ranges, ever)))
+            slack = _slack(pool, lengths, sized)
             victims = _victims(pool, slack, sized)
             pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=victims)
         fewest = 0
@@ -66,15 +67,6 @@ def size_pools(
         sized[index] = replace(pool, offset=offset)
         offset += pool.capacity
     return tuple(sized)
-
-
-def check_quantities(pools: tuple[PoolPlan, ...], lengths: Lengths) -> None:
-    """Raise where an expression may divide by zero, or share out a negative number, at these lengths."""
-    ranges = lengths.ranges() | {f"seen({pool.name})": Range(Fraction(0), Fraction(10**9)) for pool in pools}
-    ranges |= {f"size({pool.name})": Range(Fraction(0), Fraction(pool.capacity)) for pool in pools}
-    for pool in pools:
-        for quantity in pool.quantities():
-            quantity.bound(ranges)
 
 
 def _most(pool: PoolPlan, lengths: Lengths) -> int:
@@ -95,15 +87,13 @@ def _arrivals(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Leng
     return ever
 
 
-def _within_budget(pool: PoolPlan, ranges: dict[str, Range]) -> int:
-    """The most whole-page tokens that any value of the budget allows."""
+def _within_budget(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths) -> int:
+    """The most whole-page tokens that any value of the budget allows one head."""
     assert pool.budget is not None
-    high = pool.budget.bound(ranges).high
-    if high == math.inf:
-        raise UsageError(
-            f"pool {pool.name}: nothing bounds its budget '{pool.budget.text}', so no memory can be planned"
-        )
-    return max(0, math.floor(high)) // pool.page * pool.page
+    most = max(0, math.floor(pool.budget.bound(ranges).high)) // pool.page * pool.page
+    if pool.scope == "across-heads":  # one head may win what all of them were given, but for the floor, rounded
+        return in_pages(math.ceil((1 - pool.floor) * lengths.kv_heads * most + pool.floor * most), pool.page)
+    return most
 
 
 def _protected(pool: PoolPlan, ranges: dict[str, Range], ever: int) -> int:
@@ -121,12 +111,13 @@ def _protected(pool: PoolPlan, ranges: dict[str, Range], ever: int) -> int:
     return tokens + (pool.page if pool.page > 1 else 0)
 
 
-def _slack(pool: PoolPlan, lengths: Lengths) -> int:
+def _slack(pool: PoolPlan, lengths: Lengths, pools: list[PoolPlan]) -> int:
     """Tokens that may arrive between two updates, whole pages. Prompt tokens wait in the turn's own workspace."""
-    if "generated" not in pool.admits:
-        return 0
-    waiting = lengths.generated if pool.cadence == 0 else min(pool.cadence, max(1, lengths.generated))
-    return in_pages(waiting, pool.page)
+    between = lengths.generated if pool.cadence == 0 else min(pool.cadence, max(1, lengths.generated))
+    slack = in_pages(between, pool.page) if "generated" in pool.admits else 0
+    for source in (other for other in pools if other.to == pool.name):  # at most what it holds and what it gets
+        slack += in_pages(source.capacity + between, pool.page)
+    return slack
 
 
 def _victims(pool: PoolPlan, slack: int, pools: list[PoolPlan]) -> int:

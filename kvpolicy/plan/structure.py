@@ -126,15 +126,19 @@ class PoolPlan:
         """Whether protection asks where in the pool's order of arrival a token stands."""
         return self.evicts and (self.window is not None or self.first is not None)
 
-    def quantities(self) -> Iterator[Quantity]:
-        """Every quantity that may still vary by row and step."""
-        yield from (q for q in (self.budget, self.window, self.first) if q is not None)
-        scorers = [self.scorer] + ([self.read.scorer] if self.read else [])
-        for leaf in (leaf for scorer in scorers for leaf in scorer.leaves()):
-            if leaf.hit is not None and isinstance(leaf.hit[1], Quantity):
-                yield leaf.hit[1]
+    def quantities(self) -> Iterator[tuple[tuple[str, ...], Quantity]]:
+        """Every quantity that may still vary by row and step, and under which keys of the pool it stands."""
+        yield from (
+            ((key,), quantity)
+            for key, quantity in (("budget", self.budget), ("window", self.window), ("pinned", self.first))
+            if quantity is not None
+        )
+        for key, scorer in (("scorer",), self.scorer), (("read", "scorer"), self.read and self.read.scorer):
+            for leaf in scorer.leaves() if scorer else ():
+                if leaf.hit is not None and isinstance(leaf.hit[1], Quantity):
+                    yield key, leaf.hit[1]
         if self.read:
-            yield self.read.top
+            yield ("read", "top"), self.read.top
 
 
 @dataclass(frozen=True)
