@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.oracle import Memories
+from kvpolicy.oracle import Memories, Step
 from kvpolicy.plan import Plan
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.layer import PolicyLayer
@@ -44,8 +44,10 @@ class Beside:
         kind: str | None = None,
         more: bool = False,
         scaling: float | None = None,
-    ) -> None:
+    ) -> list[Step]:
         """One pass of the whole model: (query [B, Q, N, D], key, value [B, K, N, D]) for every layer.
+
+        Returns every row of every layer after the pass, in the oracle's words.
 
         Raises:
             Disagreement: the first layer, row and head where the runtime kept, attended or remembered otherwise.
@@ -55,9 +57,9 @@ class Beside:
         run = run_layer if opened == "prompt" else self.generated
         outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, tensors, strict=True)]
         self.cache.finish()
+        settled, steps = not more, []
         for number, given in enumerate(tensors):
-            settled = not more
-            self.agreement.check(
+            steps += self.agreement.check(
                 number,
                 *given,
                 self.cache.positions(number) if settled else None,
@@ -68,6 +70,7 @@ class Beside:
                 output=outputs[number],
                 memory=memories(self.cache, number) if settled else None,
             )
+        return steps
 
 
 def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
