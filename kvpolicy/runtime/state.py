@@ -20,7 +20,7 @@ class LayerState:
     def __init__(self, plan: LayerPlan, device: torch.device) -> None:
         self.plan = plan
         self.pools = {pool.name: pool for pool in plan.pools}
-        self.names_read = {name for pool in plan.pools for quantity in pool.quantities() for name in quantity.names}
+        self.names_read = {name for pool in plan.pools for _, quantity in pool.quantities() for name in quantity.names}
         self.tensors: dict[str, Tensor] = {
             buffer.name: torch.zeros(buffer.shape, dtype=TORCH_DTYPES[buffer.dtype], device=device)
             for buffer in plan.buffers
