@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,9 @@ def check_version(root: Node) -> None:
         hint = f"begin with `kvpolicy: {VERSION}`, the language's version"
         raise PolicyError(diagnostics=[first.diagnostic("the key `kvpolicy` is missing", hint)])
     if version.content != str(VERSION):
-        reason = f"this policy is written in version {shown(version.content)} of the language"
+        reason = f"this policy is written in version {version.content} of the language"
+        if not isinstance(version.content, str) or not re.fullmatch("[0-9.]{1,9}", version.content):
+            reason = f"`kvpolicy` is the language's version, but this is {version.kind}"
         hint = f"this build reads version {VERSION}"
         raise PolicyError(diagnostics=[version.span.diagnostic(reason, hint)])
 
