@@ -248,10 +248,9 @@ class Policy(Strict):
         """What the policy does, as plain data."""
         fields = {"kvpolicy", "pools", "total", "positions", "prompt_chunk"}
         told = self.model_dump(mode="json", by_alias=True, include=fields)
-        return {
-            **told,
-            "overrides": [o.model_dump(mode="json", by_alias=True, exclude_unset=True) for o in self.overrides],
-        }
+        told["pools"] = list(told["pools"].items())  # pools are read top-down, so their order means something
+        told["overrides"] = [o.model_dump(mode="json", by_alias=True, exclude_unset=True) for o in self.overrides]
+        return told
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Policy):
