@@ -165,8 +165,9 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     for arm in arms:
         same_loop = own.get(arm.name.partition(",")[2]) if arm is not arms[0] else None
         ratio = None if same_loop is None else arm.median / same_loop
-        rows.append({"arm": arm.name, "ms": arm.median, "quartiles": arm.spread, "against_transformers": arm.median / reference,
-                     "against_dense": ratio, **counts.get(arm.name, {})})  # fmt: skip
+        row = {"arm": arm.name, "ms": arm.median, "quartiles": arm.spread}
+        row |= {"against_transformers": arm.median / reference, "against_dense": ratio}
+        rows.append(row | counts.get(arm.name, {}))
     return {"question": f"step at budget {BUDGET} / full-cache step at length {BUDGET}", "rows": rows}
 
 
@@ -201,8 +202,9 @@ def long_run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _growth(arms: list[Arm], evicted: int) -> dict[str, Any]:
     early, late = arms
-    return {"arm": early.name.partition(" after")[0].partition(",")[0], "early_ms": early.median, "late_ms": late.median,
-            "ratio": late.median / early.median, "evicted": evicted}  # fmt: skip
+    name = early.name.partition(" after")[0].partition(",")[0]
+    ratio = late.median / early.median
+    return {"arm": name, "early_ms": early.median, "late_ms": late.median, "ratio": ratio, "evicted": evicted}
 
 
 def _environment(options: argparse.Namespace) -> dict[str, Any]:

@@ -212,6 +212,8 @@ class PolicyLayer(CacheLayerMixin):
         """Steps 4 and 5 of a prompt pass, on the turn's workspace; only the turn's last pass drops."""
         clocks, last = self.clocks, not self.moment.more
         working = [self.policies[pool.name] for pool in self.ordered if pool.evicts]
+        if not last and not any(policy.remembers for policy in working):
+            return
         values = readings(wide, clocks)
         candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
         sights, active = self._prompt_sights(query, wide, scaling, candidates)
@@ -235,6 +237,9 @@ class PolicyLayer(CacheLayerMixin):
         position = self.moment.position
         assert position is not None
         active = (position >= 0).any(1)
+        sights: dict[str, Sight] = {"all": EveryQuery(wide, scaling, candidates, query, position)}
+        if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
+            return sights, active
         newest = position.argmax(1)
         grouped = rearrange(query, "b (k g) n d -> b k g n d", k=wide.keys.shape[1])
         index = newest[:, None, None, None, None].expand(*grouped.shape[:3], 1, grouped.shape[4])
@@ -242,7 +247,7 @@ class PolicyLayer(CacheLayerMixin):
         visible = (wide.position >= 0) & active[:, None, None]
         current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), visible, scaling)
         current.candidates = candidates
-        return {"current": current, "all": EveryQuery(wide, scaling, candidates, query, position)}, active
+        return {"current": current, **sights}, active
 
 
 def _reads_logits(layer: LayerPlan, kind: str) -> bool:
