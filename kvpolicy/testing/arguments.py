@@ -1,0 +1,73 @@
+"""Arguments of patterns and claims: plain YAML data, read as a function's own annotations say."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from kvpolicy.language.base import Complaint
+from kvpolicy.language.nodes import shown
+from kvpolicy.language.vocabulary import nearest
+from kvpolicy.testing.tokens import numbers, whole
+
+Reader = Callable[[Any], Any]
+
+Tokens = tuple[int, ...]
+"""Positions."""
+
+Numbers = tuple[int, ...]
+"""One whole number or a list of them."""
+
+
+def real(value: Any) -> float:
+    """A number. Raises Complaint."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise Complaint(f"`{shown(value)}` is not a number")
+    return float(value)
+
+
+READERS: Mapping[str, Reader] = {"int": whole, "float": real, "Numbers": numbers}
+"""By annotation."""
+
+
+@contextmanager
+def within(*path: str | int) -> Iterator[None]:
+    """Complaints raised inside are about what lies at ``path``."""
+    try:
+        yield
+    except Complaint as complaint:
+        complaint.path = (*path, *complaint.path)
+        raise
+
+
+def known(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a function takes from YAML, as they are written there."""
+    return [name.removesuffix("_") for name in _parameters(function)]
+
+
+def read_arguments(
+    function: Callable[..., Any], given: Mapping[str, Any], readers: Mapping[str, Reader], beside: Collection[str] = ()
+) -> dict[str, Any]:
+    """Keyword arguments of ``function``; ``readers`` go by annotation, and names by Python's own but for a final `_`.
+
+    Raises:
+        Complaint: one that is unknown (``beside`` are names that others take), missing, or of another kind.
+    """
+    parameters, read = _parameters(function), {}
+    names = {name.removesuffix("_"): name for name in parameters}
+    for key, value in given.items():
+        if key not in names:
+            raise Complaint(f"`{shown(key)}` is not an argument here", nearest(key, [*names, *beside]), (key,), "key")
+        with within(key):
+            read[names[key]] = readers[parameters[names[key]].annotation.removesuffix(" | None")](value)
+    for key, name in names.items():
+        if name not in read and parameters[name].default is inspect.Parameter.empty:
+            raise Complaint(f"the argument `{key}` is missing", f"known here: {', '.join(f'`{n}`' for n in names)}")
+    return read
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {name: at for name, at in inspect.signature(function).parameters.items() if name != "scene"}

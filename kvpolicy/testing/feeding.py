@@ -1,0 +1,117 @@
+"""Feeds a text to the oracle, or to the runtime with the oracle beside it, pass by pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvpolicy.language import Policy
+from kvpolicy.oracle import Oracle, Step
+from kvpolicy.plan import Plan, make_plan
+from kvpolicy.testing.patterns import Attention
+from kvpolicy.testing.seen import Seen
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Which positions each row brings to a pass; ``more`` of the prompt is to come."""
+
+    kind: str
+    rows: tuple[slice, ...]
+    more: bool = False
+
+
+class Feed(Protocol):
+    """Something that a text can be fed to."""
+
+    plan: Plan
+
+    @property
+    def near_ties(self) -> int:
+        """Choices so far that float32 cannot tell from the oracle's."""
+        ...
+
+    def feed(self, said: Attention, now: Pass) -> list[Step]:
+        """Every row of every layer after a pass."""
+        ...
+
+
+def plan_for(policy: Policy, said: Attention) -> Plan:
+    """The plan of a policy for exactly this text; raises as ``make_plan`` does."""
+    prompts = min(said.prompts), max(said.prompts)
+    return make_plan(policy, said.geometry, batch=said.rows, prompt=prompts, max_new_tokens=said.steps)
+
+
+def watch(feed: Feed, said: Attention) -> Iterator[Seen]:
+    """Every layer, row and KV head after every pass."""
+    chunk = feed.plan.policy.prompt_chunk
+    for now in passes(said, None if chunk is None else int(chunk.evaluate({}))):
+        for step in feed.feed(said, now):
+            yield from (Seen(feed.plan, step, head) for head in range(len(step.heads)))
+
+
+def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:
+    """The prompt, in chunks of so many columns of a left-padded batch, and then one token a row at a time."""
+    longest = max(said.prompts)
+    stride = chunk or max(1, longest)
+    for start in range(0, longest, stride):
+        stop = min(start + stride, longest)
+        rows = (slice(max(0, start - longest + prompt), max(0, stop - longest + prompt)) for prompt in said.prompts)
+        yield Pass("prompt", tuple(rows), more=stop < longest)
+    for step in range(said.steps):
+        yield Pass("generated", tuple(slice(prompt + step, prompt + step + 1) for prompt in said.prompts))
+
+
+class OracleAlone:
+    """The oracle; where positions are compact it leaves keys as they are, for synthetic ones carry no rotation."""
+
+    near_ties = 0
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        rotate = (lambda vectors, positions: vectors) if plan.policy.positions == "compact" else None
+        self.oracle = Oracle(plan, rows=plan.batch, rotate=rotate)
+
+    def feed(self, said: Attention, now: Pass) -> list[Step]:
+        steps = []
+        for layer in range(said.geometry.layers):
+            given = (
+                [row[layer][:, span] for row, span in zip(rows, now.rows, strict=True)]
+                for rows in (said.queries, said.keys, said.values)
+            )
+            steps += self.oracle.step(layer, *given, kind=now.kind, more=now.more)
+        return steps
+
+
+class RuntimeBeside:
+    """The runtime, compared with the oracle after every pass (imports torch)."""
+
+    def __init__(self, plan: Plan) -> None:
+        from kvpolicy.testing.beside import Beside
+
+        self.plan, self.beside = plan, Beside(plan)
+
+    @property
+    def near_ties(self) -> int:
+        return len(self.beside.agreement.near_ties)
+
+    def feed(self, said: Attention, now: Pass) -> list[Step]:
+        import torch
+
+        lengths = [span.stop - span.start for span in now.rows]
+        columns = max(lengths)
+
+        def padded(rows: tuple[np.ndarray, ...], layer: int) -> torch.Tensor:
+            """[B, heads, columns, D], rows at the right."""
+            parts = [row[layer][:, span] for row, span in zip(rows, now.rows, strict=True)]
+            return torch.from_numpy(np.stack([np.pad(p, ((0, 0), (columns - p.shape[1], 0), (0, 0))) for p in parts]))
+
+        valid = torch.arange(columns) >= columns - torch.tensor(lengths)[:, None]
+        layers = [
+            (padded(said.queries, layer), padded(said.keys, layer), padded(said.values, layer))
+            for layer in range(said.geometry.layers)
+        ]
+        return self.beside.feed(layers, valid, kind=now.kind, more=now.more)

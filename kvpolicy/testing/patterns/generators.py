@@ -1,0 +1,104 @@
+"""The patterns: each tells a scene who is looked at, when, and how much.
+
+Every logit is above that of ordinary text; ``level`` is by how much a token stands out while it is wanted (4: about 55
+times the weight of an ordinary one) and, negative, how far it falls behind while it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kvpolicy.language.base import Complaint
+from kvpolicy.testing.arguments import Tokens
+from kvpolicy.testing.patterns.scene import Scene
+from kvpolicy.testing.tokens import spelled
+
+PATTERNS: dict[str, Callable[..., None]] = {}
+"""Name in YAML -> function (scene, arguments)."""
+
+
+def pattern(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a pattern known: its name, its arguments and their kinds are read off the function."""
+    PATTERNS[function.__name__.replace("_", "-")] = function
+    return function
+
+
+@pattern
+def uniform(scene: Scene, fade: float = 0.0) -> None:
+    """All tokens alike."""
+    scene.fade(fade)
+
+
+@pattern
+def sink(scene: Scene, sinks: int = 4, level: float = 5.0, fade: float = 2.0) -> None:
+    """The first tokens soak up most of the attention, of every query."""
+    scene.look(range(min(sinks, scene.length)), level)
+    scene.fade(fade)
+
+
+@pattern
+def local(scene: Scene, width: float = 8.0) -> None:
+    """The newest tokens, in a bell of standard deviation ``width`` tokens."""
+    if width <= 0:
+        raise Complaint("a width is above 0", "as in `width: 8`", ("width",))
+    scene.fade(2 * (scene.length / (np.pi * width)) ** 2)
+
+
+@pattern
+def heavy_hitter(scene: Scene, at: Tokens, level: float = 4.0, fade: float = 2.0) -> None:
+    """Tokens that every query looks at, from the first to the last."""
+    scene.look(at, level)
+    scene.fade(fade)
+
+
+@pattern
+def milestone(scene: Scene, at: Tokens, until: int, level: float = 4.0, fade: float = 2.0) -> None:
+    """Tokens that all queries up to position ``until`` look at, and none after."""
+    if until < at[-1]:
+        raise Complaint(f"at {until} the milestone {spelled(at)} has not been said", "`until` is later", ("until",))
+    scene.look(at, np.where(scene.now <= until, level, -level))
+    scene.fade(fade)
+
+
+@pattern
+def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: float = 2.0) -> None:
+    """Tokens that no query looks at before position ``from``, and all from then on."""
+    if from_ <= at[0]:
+        raise Complaint(f"{spelled(at)} is no phoenix if it is wanted at {from_}", "`from` is later", ("from",))
+    scene.look(at, np.where(scene.now >= from_, level, -level))
+    scene.fade(fade)
+
+
+@pattern
+def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: float = 6.0, fade: float = 2.0) -> None:
+    """Tokens that only the question, the prompt's last tokens, and the answer, the first generated ones, look at."""
+    asked = (scene.now >= scene.prompt - question) & (scene.now < scene.prompt + answer)
+    scene.look(at, np.where(asked, level, 0.0))
+    scene.fade(fade)
+
+
+@pattern
+def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fade: float = 2.0) -> None:
+    """The important region moves: a new one of ``width`` tokens begins at 0, ``every``, 2 * ``every``, …, and is what
+    all queries look at until the next begins; earlier regions fall behind.
+    """
+    if not 0 < width <= every:
+        raise Complaint(f"a region of {width} tokens does not fit into {every}", "`width` is 1..`every`", ("width",))
+    for start in range(0, scene.length, every):
+        current = scene.now // every == start // every
+        scene.look(range(start, min(start + width, scene.length)), np.where(current, level, -level))
+    scene.fade(fade)
+
+
+@pattern
+def ties(scene: Scene, kinds: int = 3) -> None:
+    """Tokens of a few kinds that queries want by whole numbers: scores tie all the time, in float32 as in float64."""
+    if kinds < 1:
+        raise Complaint("tokens are of at least one kind", "as in `kinds: 3`", ("kinds",))
+    scene.noise = 0.0
+    kind = scene.random.integers(kinds, size=scene.length)
+    for number in range(kinds):
+        wanted = scene.random.integers(-1, 2, size=scene.length)
+        scene.look(tuple(np.flatnonzero(kind == number)), wanted)

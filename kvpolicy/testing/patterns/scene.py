@@ -1,0 +1,123 @@
+"""What a row's queries want to see, and the unit keys and queries that make them see it.
+
+A pattern says, for each query, how strongly it wants each token: scaled logits above those of ordinary text. Tokens
+that are always wanted alike share one direction of key space, so any such picture is realised exactly, up to rounding
+to float32, with keys of length 1. Two more pairs of directions make text life-like: a fading interest in what lies far
+back (keys and queries on a half circle, as rotary embeddings would have it), and noise that differs by head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from kvpolicy.language.base import Complaint
+
+Array = np.ndarray
+
+NOISE_DIMS = 8
+
+
+class Realised(NamedTuple):
+    """Queries [Q, T, D], keys [K, T, D] and values [K, T, D], float32."""
+
+    queries: Array
+    keys: Array
+    values: Array
+
+
+@dataclass
+class Scene:
+    """One row in one layer: ``prompt`` tokens, then ``steps`` generated ones.
+
+    ``looks`` are pairs (which tokens [T] bool, their logits by query [T]); a token's logit is the sum of all that name
+    it. ``depth`` is how far the logit falls from the query's own token to one a whole text away, ``noise`` the standard
+    deviation of what each query head adds of its own.
+    """
+
+    prompt: int
+    steps: int
+    random: np.random.Generator
+    noise: float = 0.0
+    depth: float = 0.0
+    looks: list[tuple[Array, Array]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.look(range(self.length), 0.0)  # ordinary text
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.prompt + self.steps
+
+    @property
+    def now(self) -> Array:
+        """Position of each query [T]."""
+        return np.arange(self.length)
+
+    def look(self, tokens: Sequence[int], logits: Array | float) -> None:
+        """Every query wants these tokens by so much more, a number or one per query [T]."""
+        member = np.zeros(self.length, dtype=bool)
+        member[list(tokens)] = True
+        self.looks.append((member, np.broadcast_to(np.asarray(logits, dtype=float), self.length)))
+
+    def fade(self, depth: float) -> None:
+        """Every query wants tokens less the farther back they lie, by ``depth`` a whole text away."""
+        self.depth += depth
+
+    def wanted(self) -> Array:
+        """Scaled logits [query, token] in a head that sees the pattern, but for the noise."""
+        kinds, kind = self._kinds()
+        distance = np.subtract.outer(self.now, self.now)
+        return self._strengths(kinds)[:, kind] + self.depth / 2 * np.cos(np.pi * distance / self.length)
+
+    @property
+    def dims(self) -> int:
+        """Directions of key space that the scene takes."""
+        return self._kinds()[0].shape[1] + 2 * bool(self.depth) + NOISE_DIMS * bool(self.noise)
+
+    def realise(self, kv_heads: int, head_dim: int, sees: Sequence[bool]) -> Realised:
+        """Vectors of D = ``head_dim`` for K KV heads; ``sees`` [Q] says which query heads see the looks.
+
+        A key is a sum of up to three perpendicular parts of equal length. What that takes from a logit, and the
+        attention's own scaling, the queries make up for.
+        """
+        kinds, kind = self._kinds()
+        end, angle = kinds.shape[1], np.pi * self.now / self.length
+        circle = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+        part = (1 + bool(self.depth) + bool(self.noise)) ** -0.5
+        queries, keys = np.zeros((len(sees), self.length, head_dim)), np.zeros((kv_heads, self.length, head_dim))
+        keys[:, self.now, kind] = part
+        queries[list(sees), :, :end] = self._strengths(kinds) / part
+        if self.depth:
+            keys[..., end : end + 2] = circle * part
+            queries[..., end : end + 2] = circle * self.depth / 2 / part
+            end += 2
+        if self.noise:
+            directions = self.random.normal(size=(kv_heads, self.length, NOISE_DIMS))
+            interests = self.random.normal(size=(len(sees), self.length, NOISE_DIMS))
+            keys[..., end : end + NOISE_DIMS] = directions * part / np.linalg.norm(directions, axis=-1, keepdims=True)
+            queries[..., end : end + NOISE_DIMS] = interests * self.noise / part
+        values = self.random.normal(size=keys.shape)
+        return Realised(*(array.astype(np.float32) for array in (queries * head_dim**0.5, keys, values)))
+
+    def _kinds(self) -> tuple[Array, Array]:
+        """Which looks name each kind of token [looks, kinds], and the kind of each token [T]."""
+        kinds, kind = np.unique(np.stack([member for member, _ in self.looks]), axis=1, return_inverse=True)
+        return kinds, kind.reshape(-1)
+
+    def _strengths(self, kinds: Array) -> Array:
+        """What each query wants of each kind [query, kind]."""
+        return np.stack([logits for _, logits in self.looks], axis=1) @ kinds
+
+
+def room(dims: int, asked: int) -> int:
+    """A head size that holds ``dims`` directions: a power of 4, so that scaling by its root is exact in float32."""
+    if not asked:
+        return next(size for size in (4**power for power in range(2, 20)) if size >= dims)
+    if asked < dims:
+        raise Complaint(f"{asked} is too small: this pattern takes {dims} directions", "leave it out")
+    return asked

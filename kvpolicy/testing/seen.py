@@ -1,0 +1,61 @@
+"""What a claim is judged by: one KV head after a pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpolicy.language import Quantity
+from kvpolicy.oracle import Step
+from kvpolicy.plan import Plan
+
+
+@dataclass(frozen=True)
+class Seen:
+    """KV head ``head`` after the pass ``step``; where a pool may be named, None means all of them."""
+
+    plan: Plan
+    step: Step
+    head: int
+
+    @property
+    def newest(self) -> int:
+        """Position of the newest token."""
+        return self.step.prompt_len + self.step.t - 1
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Layer, row, KV head."""
+        return self.step.layer, self.step.row, self.head
+
+    def kept(self, pool: str | None = None) -> frozenset[int]:
+        """Positions resident after the pass."""
+        pools = self.step.heads[self.head]
+        return frozenset().union(*(at.kept for name, at in pools.items() if pool in (None, name)))
+
+    def attended(self, pool: str | None = None) -> frozenset[int]:
+        """Positions resident while the pass attended, before its update."""
+        everywhere, pools = frozenset(self.step.attended[self.head].tolist()), self.step.heads[self.head]
+        if pool is None or pool not in pools:
+            return everywhere if pool is None else frozenset()
+        moved_here = frozenset().union(*(at.evicted for name, at in pools.items() if name != pool))
+        return (pools[pool].kept | pools[pool].evicted) - moved_here
+
+    def admitted(self, pool: str | None = None) -> list[int]:
+        """Positions ever admitted, ascending."""
+        layer = self.plan.layers[self.step.layer]
+        pools = layer.pools if layer.heads is None else layer.heads[self.head]
+        kinds = frozenset().union(*(at.admits for at in pools if pool in (None, at.name)))
+        first = 0 if "prompt" in kinds else self.step.prompt_len
+        return list(range(first, self.newest + 1 if "generated" in kinds else self.step.prompt_len))
+
+    def updated(self, pool: str | None = None) -> bool:
+        """Whether a pool that has a budget was updated."""
+        pools = self.step.heads[self.head]
+        return any(at.choice is not None for name, at in pools.items() if pool in (None, name))
+
+    def evaluate(self, quantity: Quantity) -> int:
+        """A quantity in t, prompt_len and context, floored."""
+        step = self.step
+        names = {"t": step.t, "prompt_len": step.prompt_len, "context": step.prompt_len + step.t}
+        value = quantity.evaluate(names)
+        return value.numerator // value.denominator
