@@ -6,7 +6,6 @@ theirs under the entry-point group `kvpolicy.architectures`.
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,10 +79,9 @@ def architecture_of(model_type: str) -> Architecture:
     known = architectures()
     if model_type in known:
         return known[model_type]
-    near = difflib.get_close_matches(model_type, known, n=1)
     raise ModelError(
-        f"kvpolicy cannot patch models of type '{model_type}'{f' (close to {near[0]})' if near else ''}; it knows "
-        f"{', '.join(sorted(known))}. A new family is one file in patches/, or an entry point of group {GROUP}"
+        f"kvpolicy cannot patch models of type '{model_type}'; it knows {', '.join(sorted(known))}. A new family is "
+        f"one file in patches/, or an entry point of group {GROUP}"
     )
 
 

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
 
-from kvpolicy.errors import CacheError, UsageError
+from kvpolicy.errors import CacheError, PolicyError, UsageError
 from kvpolicy.plan import make_plan
 from kvpolicy.runtime import PolicyCache
 
 if TYPE_CHECKING:
     from kvpolicy.patching.patch import Patch
 
+Lengths = int | tuple[int, int]
+
+SHARED = 128  # tokens: prompts between two multiples of it are planned alike where steps are compiled
+
 
 def build_cache(
-    model: PreTrainedModel,
-    patch: Patch,
-    *,
-    prompt: int | tuple[int, int],
-    max_new_tokens: int,
-    batch: int,
-    turns: int = 1,
+    model: Any, patch: Patch, *, prompt: Lengths, max_new_tokens: int, batch: int, turns: int = 1
 ) -> PolicyCache:
     """A fresh cache for a patched model; lengths as in `make_plan`."""
-    plan = make_plan(
-        patch.policy, patch.geometry, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, turns=turns
-    )
+    # The model may have been cast since the policy was applied.
+    geometry = replace(patch.geometry, dtype=str(model.dtype).removeprefix("torch."))
+    lengths = {"batch": batch, "max_new_tokens": max_new_tokens, "turns": turns}
+    low, high = (prompt, prompt) if isinstance(prompt, int) else prompt
+    try:
+        wider = shared_lengths(patch, (low, high))
+        plan = make_plan(patch.policy, geometry, prompt=wider, **lengths)
+    except (UsageError, PolicyError):  # the policy has no room for the longest of them: plan for this prompt alone
+        plan = make_plan(patch.policy, geometry, prompt=(low, high), **lengths)
     with torch.inference_mode(False):  # made inside inference mode, its tensors could never be written outside again
         return PolicyCache(plan, device=model.device, dtype=model.dtype)
+
+
+def shared_lengths(patch: Patch, prompt: tuple[int, int]) -> tuple[int, int]:
+    """Prompt lengths (fewest, most) to plan for: where steps are compiled, those that can share a graph with this one.
+
+    Where a policy keeps the prompt, its length is a shape in the graph.
+    """
+    if patch.compiler is None:
+        return prompt
+    low, high = prompt
+    return max(min(low, 1), low // SHARED * SHARED), -(-high // SHARED) * SHARED
 
 
 @dataclass
@@ -42,7 +57,7 @@ class CacheBuilder:
     A callable object and not a bound function: pickle would restore a bound method as the class's own.
     """
 
-    model: PreTrainedModel
+    model: Any
     patch: Patch
 
     def __call__(
@@ -53,24 +68,27 @@ class CacheBuilder:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Put a policy's cache where `generate` looks for one; do what the class does where the caller chose."""
+        """Put a policy's cache where `generate` looks for one; where the caller chose another, do what the class does.
+
+        A policy's cache that is handed in again gets room for the turn to come.
+        """
         cache = model_kwargs.get("past_key_values")
-        chosen = cache is not None or generation_config.cache_implementation is not None
-        if not isinstance(cache, PolicyCache) and (chosen or generation_config.use_cache is False):
-            self._defer(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            return
+        if not isinstance(cache, PolicyCache):
+            chosen = cache is not None or generation_config.cache_implementation is not None
+            if chosen or generation_config.use_cache is False:
+                self._defer(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+                return
         _refuse(generation_config, generation_mode)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        turn = _Turn.read(generation_config, model_kwargs, max_cache_length, rows, cache)
+        turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
         if cache is None:
-            cache = build_cache(
+            model_kwargs["past_key_values"] = build_cache(
                 self.model, self.patch, prompt=turn.prompt, max_new_tokens=turn.max_new_tokens, batch=rows
             )
-            model_kwargs["past_key_values"] = cache
         else:
             self._defer(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            cache.extend(prompt=turn.prompt, max_new_tokens=turn.max_new_tokens)
-        cache.expect_prompt(turn.columns)
+            turn.make_room(cache, self.patch)
+        turn.announce(model_kwargs["past_key_values"])
 
     def _defer(self, *arguments: Any) -> None:
         type(self.model)._prepare_cache_for_generation(self.model, *arguments)
@@ -87,10 +105,10 @@ def _refuse(generation_config: GenerationConfig, generation_mode: GenerationMode
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """What one call of `generate` brings: new columns, and the lengths to plan for, this turn's alone.
+class Turn:
+    """What one call of `generate` brings, as totals over the cache's life but for `columns`, which are new.
 
-    `prompt` is (fewest, most) tokens of a row, padding left out.
+    `prompt` is the (fewest, most) prompt tokens of a row, padding left out; `max_new_tokens` the generated ones.
     """
 
     columns: int
@@ -103,25 +121,51 @@ class _Turn:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         max_cache_length: int,
-        rows: int,
         cache: PolicyCache | None,
-    ) -> _Turn:
+        rows: int,
+    ) -> Turn:
+        """Read it from what `generate` has prepared.
+
+        Raises:
+            CacheError: the cache is for another number of rows, or has seen as many columns as the input covers.
+        """
         mask: Tensor | None = model_kwargs.get("attention_mask")
         if mask is not None:
-            total = mask.shape[1]
+            covered = mask.shape[1]
         else:  # generate drops a mask of ones, and notes how long it was
-            total = getattr(generation_config, "_mask_length", None) or model_kwargs["position_ids"].shape[-1]
-        seen = 0 if cache is None else cache.get_seq_length()
-        if cache is not None and cache.plan.batch != rows:
-            raise CacheError(f"this cache was made for {cache.plan.batch} rows, and generate runs {rows} of them")
-        if total <= seen:
+            covered = getattr(generation_config, "_mask_length", None) or model_kwargs["position_ids"].shape[-1]
+        before, seen, generated = [0] * rows, 0, 0
+        if cache is not None:
+            seen, generated = cache.get_seq_length(), cache.clocks.host_t
+            if cache.plan.batch != rows:
+                raise CacheError(f"this cache was made for {cache.plan.batch} rows, and generate runs {rows} of them")
+            before = cache.clocks.prompt_len.tolist()
+        if covered <= seen:
             raise CacheError(
-                f"the cache has already seen {seen} columns, and the input, with its attention mask, covers {total}: "
+                f"the cache has already seen {seen} columns, and the input, with its attention mask, covers {covered}: "
                 "pass the whole conversation, or the new ids with an attention mask over all of it"
             )
-        columns = total - seen
-        lengths = [columns] if mask is None else mask[:, seen:].sum(-1).tolist()
-        new = generation_config.max_new_tokens
-        if new is None:  # max_length counts the ids that were passed: in a later turn all, or only the new ones
-            new = max_cache_length + 1 - columns
-        return cls(columns, (int(min(lengths)), int(max(lengths))), new)
+        columns = covered - seen
+        new = [columns] * rows if mask is None else mask[:, seen:].sum(-1).tolist()
+        lengths = [int(old + more) for old, more in zip(before, new, strict=True)]
+        # max_length counts the ids that were passed: in a later turn all of them, or the new ones only.
+        limit = generation_config.max_new_tokens
+        limit = max_cache_length + 1 - columns if limit is None else limit
+        return cls(columns, (min(lengths), max(lengths)), generated + limit)
+
+    def make_room(self, cache: PolicyCache, patch: Patch) -> None:
+        """Extend a cache whose plan does not hold this turn as well."""
+        plan = cache.plan
+        fits = plan.prompt[0] <= self.prompt[0] and self.prompt[1] <= plan.prompt[1]
+        if fits and self.max_new_tokens <= plan.max_new_tokens and cache.passes["prompt"] < plan.turns:
+            return
+        with torch.inference_mode(False):
+            try:
+                cache.extend(prompt=shared_lengths(patch, self.prompt), max_new_tokens=self.max_new_tokens)
+            except (UsageError, PolicyError):
+                cache.extend(prompt=self.prompt, max_new_tokens=self.max_new_tokens)
+
+    def announce(self, cache: PolicyCache) -> None:
+        """Tell the cache the turn's length, as its chunks cannot; a single token on top goes on where it stopped."""
+        if self.columns > 1 or not cache.get_seq_length():
+            cache.expect_prompt(self.columns)

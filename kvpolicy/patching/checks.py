@@ -38,9 +38,18 @@ def check_policy(policy: Policy, geometry: ModelGeometry) -> None:
     check_supported(make_plan(policy, geometry, prompt=1, max_new_tokens=1024))
 
 
-def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+def decoder_layers(model: Any, architecture: Architecture) -> list[nn.Module]:
     """The decoder layers of a model, first to last."""
-    return list(model.base_model.get_submodule(architecture.layers))  # type: ignore[arg-type]
+    return list(model.base_model.get_submodule(architecture.layers))
+
+
+def check_forwards(layers: list[nn.Module]) -> None:
+    """Refuse to compile layers that do not run what their class says."""
+    if any("forward" in layer.__dict__ for layer in layers):
+        raise ModelError(
+            "a decoder layer's forward was replaced on this model (accelerate does so when it moves weights), and a "
+            "compiled layer would run without it; apply with compile=False"
+        )
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -66,7 +75,7 @@ def _check_devices(model: PreTrainedModel) -> None:
         raise ModelError("this model runs tensor-parallel, which kvpolicy cannot patch yet; load it without tp_plan")
 
 
-def _check_layers(model: PreTrainedModel, architecture: Architecture) -> None:
+def _check_layers(model: Any, architecture: Architecture) -> None:
     config, name = model.base_model.config, type(model).__name__
     try:
         layers = decoder_layers(model, architecture)

@@ -32,17 +32,19 @@ class ModelHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = _by_name(model, args, kwargs)
         cache = given.get("past_key_values")
-        if not isinstance(cache, PolicyCache):
+        if not isinstance(cache, PolicyCache) or (
+            given.get("input_ids") is None and given.get("inputs_embeds") is None
+        ):
             return None
-        self._open(model, cache, given)
+        inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        self._open(model, cache, inputs, given)
         return (), given
 
     @torch.compiler.disable(
         reason="kvpolicy opens each pass on the host; use kvpolicy.apply(model, policy, compile=True)"
     )
-    def _open(self, model: nn.Module, cache: PolicyCache, given: dict[str, Any]) -> None:
+    def _open(self, model: Any, cache: PolicyCache, inputs: Tensor, given: dict[str, Any]) -> None:
         """Tell the cache what is coming, and leave nothing in the arguments that grows."""
-        inputs: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         self._check(model, cache, inputs.shape[0], given)
         seen, columns = cache.get_seq_length(), inputs.shape[1]
         cache.begin(columns, newest_validity(given.get("attention_mask"), columns))
@@ -52,8 +54,8 @@ class ModelHook:
         # neither the growing 2-D mask nor an N x N one is ever made; nothing reads this one.
         given["attention_mask"] = inputs.new_empty((1, 1, 1, 1), dtype=torch.bool)
 
-    def _check(self, model: nn.Module, cache: PolicyCache, rows: int, given: dict[str, Any]) -> None:
-        implementation = model.config._attn_implementation  # type: ignore[union-attr]
+    def _check(self, model: Any, cache: PolicyCache, rows: int, given: dict[str, Any]) -> None:
+        implementation = model.config._attn_implementation
         if implementation != self.implementation:
             raise ModelError(
                 f"the attention implementation was changed to '{implementation}' after kvpolicy.apply, which bypasses "

@@ -15,7 +15,7 @@ from kvpolicy.language import Policy, load_policy
 from kvpolicy.patching.attention import PREFIX, register
 from kvpolicy.patching.caches import CacheBuilder, build_cache
 from kvpolicy.patching.changes import Journal
-from kvpolicy.patching.checks import check_model, check_policy, decoder_layers
+from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
@@ -64,16 +64,20 @@ def apply(model: Model, policy: str | Path | Policy, *, compile: bool | str | No
         UsageError, ModelError, PolicyError: it cannot be done, and why; the model is then as it was.
     """
     architecture = check_model(model)
+    base: Any = model.base_model
     policy = _resolve(policy, params)
     dtype = str(model.dtype).removeprefix("torch.")
-    geometry = ModelGeometry.from_config(model.base_model.config, dtype)
+    geometry = ModelGeometry.from_config(base.config, dtype)
     check_policy(policy, geometry)
     wanted = model.device.type == "cuda" if compile is None else compile
+    layers = decoder_layers(model, architecture)
+    if wanted:
+        check_forwards(layers)
     compiler = StepCompiler(wanted if isinstance(wanted, str) else "inductor") if wanted else None
-    previous = (model.base_model.config._attn_implementation or "eager").removeprefix(PREFIX)
+    previous = (base.config._attn_implementation or "eager").removeprefix(PREFIX)
     patch = Patch(policy, geometry, previous, compiler, Journal())
     try:
-        _change(model, patch, decoder_layers(model, architecture))
+        _change(model, patch, layers)
     except BaseException:
         patch.journal.undo()
         raise

@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +22,12 @@ from torch._dynamo.utils import counters
 from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan
 
+CAPTURE = "transformers.utils.output_capturing"
+
 # torch 2.13 and later: without it the limit is held by our backend alone.
-_LIMIT = {"recompile_limit": 1} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+_LIMIT: dict[str, Any] = (
+    {"recompile_limit": 1} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class StepCompiler:
         started = sum(step.graphs > 0 for step in self._steps.values())
         return CompileReport(graphs, sum(step.breaks for step in self._steps.values()), graphs - started)
 
-    def step(self, layer: nn.Module, kv_layer: Any) -> CompiledStep:
+    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor) -> CompiledStep:
         """The compiled object for this layer and this pass.
 
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
@@ -65,6 +71,8 @@ class StepCompiler:
             self._shape(kv_layer),
             kv_layer.moment.kind,
             layer.training,
+            hidden_states.dtype,
+            hidden_states.device,
             torch.is_inference_mode_enabled(),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(),
@@ -100,7 +108,8 @@ class CompiledStep:
             return self._run(layer, hidden_states, arguments)
         before = sum(counters["graph_break"].values())
         try:
-            return self._run(layer, hidden_states, arguments)
+            with _without_capture(layer):
+                return self._run(layer, hidden_states, arguments)
         finally:
             self.breaks += sum(counters["graph_break"].values()) - before
 
@@ -127,6 +136,27 @@ def decoder_step(layer: nn.Module, hidden_states: Tensor, arguments: dict[str, A
     return type(layer).forward(layer, hidden_states, **arguments)
 
 
+@contextmanager
+def _without_capture(layer: nn.Module) -> Iterator[None]:
+    """Hide transformers' output-capturing hooks on the modules inside a layer while it is traced.
+
+    dynamo cannot trace the context variable they read, and inside a layer they wait for attention maps, of which a
+    policy's cache has none. The hook for hidden states hangs on the layer itself, which stays outside the graph.
+    """
+    hidden = {}
+    for module in layer.modules():
+        hooks = module._forward_hooks
+        if module is not layer and any(hook.__module__ == CAPTURE for hook in hooks.values()):
+            hidden[module] = hooks
+            kept = [(key, hook) for key, hook in hooks.items() if hook.__module__ != CAPTURE]
+            module._forward_hooks = OrderedDict(kept)
+    try:
+        yield
+    finally:
+        for module, hooks in hidden.items():
+            module._forward_hooks = hooks
+
+
 class CompiledForward:
     """Stands in for `forward` on one decoder layer: compiled for generated steps over a policy's cache, else as before.
 
@@ -142,7 +172,7 @@ class CompiledForward:
             return type(self.layer).forward(self.layer, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         rows = hidden_states.shape[0]
-        step = self.compiler.step(self.layer, kv_layer)
+        step = self.compiler.step(self.layer, kv_layer, hidden_states)
         return step(self.layer, _canonical(hidden_states, rows), _step_arguments(kwargs, rows))
 
 
