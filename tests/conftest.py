@@ -1,6 +1,8 @@
-"""Settings that hold for the whole test suite: no network but for what a test asks for, one thread per worker."""
+"""Settings that hold for the whole test suite: no network but for what a test asks for, one thread, no deadlines."""
 
 import os
+
+from hypothesis import settings
 
 # Before anything imports these libraries: only the fetch of SmolLM2, through pip, may use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,3 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("NO_COLOR", "FORCE_COLOR", "KVPOLICY_DEBUG"):
     os.environ.pop(name, None)
 os.environ["COLUMNS"] = "100"
+
+# Machines that run these tests may be busy: no deadline per example. CI draws the same examples every time.
+settings.register_profile("kvpolicy", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("kvpolicy")
