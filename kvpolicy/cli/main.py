@@ -18,6 +18,8 @@ from kvpolicy.cli.arguments import with_display_options
 from kvpolicy.errors import KvpolicyError
 
 VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported when the verb is used or listed
+    "apply",
+    "explain",
     "validate",
     "list",
     "schema",
