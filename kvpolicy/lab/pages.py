@@ -1,0 +1,73 @@
+"""The generated parts of the pages: tables of what is installed, and the language's reference.
+
+``python -m kvpolicy.lab.pages`` writes them anew between their marks; a test fails where a page is stale.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kvpolicy.architecture import architectures
+from kvpolicy.language import load_policy, shipped_policies
+from kvpolicy.language.reference import render_reference
+
+ROOT = Path(__file__).parents[2]
+PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n)(?P<text>.*?)(<!-- end of generated part -->)", re.DOTALL)
+
+
+def policies() -> str:
+    """Every shipped policy with its params."""
+    rows = ["| policy | what it does | params | source |", "| --- | --- | --- | --- |"]
+    for name in shipped_policies():
+        policy = load_policy(name)
+        params = ", ".join(f"`{param}={value.default.text}`" for param, value in policy.params.items())
+        rows.append(f"| [`{name}`](policies/{name}.yaml) | {policy.summary} | {params} | {', '.join(policy.cite)} |")
+    return "\n".join(rows)
+
+
+def families() -> str:
+    """Every architecture family that can be patched."""
+    rows = ["| model type | covers |", "| --- | --- |"]
+    rows += [
+        f"| `{model_type}` | {architecture.covers} |" for model_type, architecture in sorted(architectures().items())
+    ]
+    return "\n".join(rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "policies": policies,
+    "architectures": families,
+    "language": lambda: render_reference().strip(),
+}
+
+
+def refreshed(page: str) -> str:
+    """A page with every generated part made anew.
+
+    Raises:
+        KeyError: a mark names a part that nobody makes.
+    """
+    return PART.sub(lambda part: f"{part[1]}\n{PARTS[part['name']]()}\n\n{part[4]}", page)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The pages of a checkout."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    """Write what is stale; returns how many pages were."""
+    stale = [
+        page for page in pages() if refreshed(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")
+    ]
+    for page in stale:
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}", file=sys.stderr)
+    return len(stale)
+
+
+if __name__ == "__main__":
+    main()
