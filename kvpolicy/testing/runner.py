@@ -112,8 +112,12 @@ def run_tests(policy: Policy, *, runtime: bool = False) -> list[Outcome]:
     return [run_test(policy, number, runtime=runtime) for number in range(len(policy.tests))]
 
 
-def run_test(policy: Policy, number: int, *, runtime: bool = False) -> Outcome:
-    """Run test ``number`` of a policy, with ``runtime`` through the runtime too (which imports torch).
+def run_test(policy: Policy, number: int, *, runtime: bool = False, first: bool = False) -> Outcome:
+    """Run test ``number`` of a policy.
+
+    Args:
+        runtime: through the runtime too (which imports torch).
+        first: stop at the first failure; otherwise every claim is followed to its own.
 
     Raises:
         PolicyError: the test makes no sense; every mistake found, with its place.
@@ -125,6 +129,8 @@ def run_test(policy: Policy, number: int, *, runtime: bool = False) -> Outcome:
     failures: dict[int, Failure] = {}
     evicted = 0
     for seen in watch(feed, case.said):
+        if len(failures) == len(case.claims) or (first and failures):
+            break
         evicted += sum(len(pool.evicted) for pool in seen.step.heads[seen.head].values())
         for index, claim in enumerate(case.claims):
             breach = claim.judge(seen) if index not in failures and claim.about(seen) else None

@@ -1,0 +1,83 @@
+"""Policies with one answer changed, to see whether a policy's own tests notice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from kvpolicy.errors import PolicyError
+from kvpolicy.language import Policy, loads_policy
+
+Answers = dict[str, Any]
+
+
+def mutants(policy: Policy) -> dict[str, Policy]:
+    """What was changed -> the policy so changed; what the language refuses is left out.
+
+    ``total`` goes, since it would refuse a wrong budget before a test could; and what is said is cut to one layer.
+    """
+    document = yaml.safe_load(policy.to_yaml())
+    document.pop("total", None)
+    for test in document["tests"]:
+        if not any(
+            "layer" in arguments
+            for claim in test["expect"]
+            for arguments in claim.values()
+            if isinstance(arguments, dict)
+        ):
+            test["attention"]["layers"] = 1
+    found = {}
+    for name, answers in document["pools"].items():
+        for what, changed in changes(answers):
+            other = copy.deepcopy(document)
+            other["pools"][name] = changed
+            try:
+                found[f"{name}: {what}"] = loads_policy(yaml.safe_dump(other, sort_keys=False))
+            except PolicyError:
+                continue
+    return found
+
+
+def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
+    """One pool's answers: each left out, turned around, or one unit off."""
+    page = answers.get("page", 1)
+    if "page" in answers:
+        yield "no page", without(answers, "page")
+    if "budget" not in answers:
+        yield "a budget", {**answers, "budget": f"2 * {page}"}
+        return
+    for what, change in {"+": f"+ {page}", "-": f"- {page}", "without end": "+ 4096"}.items():
+        yield f"budget {what}", {**answers, "budget": f"({answers['budget']}) {change}"}
+    for what, change in {"+": "+ 1", "-": "- 1", "none": "* 0"}.items():
+        if "window" in answers:
+            yield f"window {what}", {**answers, "window": f"({answers['window']}) {change}"}
+        if "pinned" in answers:
+            yield f"first {what}", {**answers, "pinned": {"first": f"({answers['pinned']['first']}) {change}"}}
+    update = answers.get("update", {"every": 1})
+    if isinstance(update, dict):
+        yield "updates one step apart", {**answers, "update": {"every": f"({update['every']}) + 1"}}
+    if "update" in answers:
+        yield "updates at every step", without(answers, "update")
+    if "evict" in answers:
+        yield "one set per KV head", without(answers, "evict")
+    if "scorer" in answers:
+        yield from ((what, {**answers, "scorer": scorer}) for what, scorer in scorers(answers["scorer"]))
+        if "evict" not in answers:
+            yield "one set per layer", {**answers, "evict": {"scope": "layer"}}
+
+
+def scorers(scorer: Answers) -> Iterator[tuple[str, Answers]]:
+    """A scorer, turned around, deaf, or with a stage left out."""
+    yield "lowest for highest", {**scorer, "weight": -1}
+    yield "recency for the signal", {**scorer, "signal": "recency"}
+    for key in sorted(scorer.keys() - {"signal", "hit"}):
+        yield f"scorer without {key}", without(scorer, key)
+    if "hit" in scorer:
+        yield "nobody hit", {**scorer, "hit": {"top": f"0 * ({scorer['hit']['top']})"}}
+
+
+def without(answers: Answers, key: str) -> Answers:
+    return {other: value for other, value in answers.items() if other != key}
