@@ -1,7 +1,8 @@
 """The patterns: each tells a scene who is looked at, when, and how much.
 
-Every logit is above that of ordinary text; ``level`` is by how much a token stands out while it is wanted (4: about 55
-times the weight of an ordinary one) and, negative, how far it falls behind while it is not.
+``level`` is by how much the logit of a wanted token stands out among its neighbours (4: about 55 times the weight of an
+ordinary token) and, negative, how far it falls behind where it is silent. ``fade`` lowers all tokens alike, by up to as
+much, the farther back they lie.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def uniform(scene: Scene, fade: float = 0.0) -> None:
 
 
 @pattern
-def sink(scene: Scene, sinks: int = 4, level: float = 5.0, fade: float = 2.0) -> None:
+def sink(scene: Scene, sinks: int = 4, level: float = 5.0, fade: float = 1.0) -> None:
     """The first tokens soak up most of the attention, of every query."""
     scene.look(range(min(sinks, scene.length)), level)
     scene.fade(fade)
@@ -47,14 +48,14 @@ def local(scene: Scene, width: float = 8.0) -> None:
 
 
 @pattern
-def heavy_hitter(scene: Scene, at: Tokens, level: float = 4.0, fade: float = 2.0) -> None:
+def heavy_hitter(scene: Scene, at: Tokens, level: float = 4.0, fade: float = 1.0) -> None:
     """Tokens that every query looks at, from the first to the last."""
     scene.look(at, level)
     scene.fade(fade)
 
 
 @pattern
-def milestone(scene: Scene, at: Tokens, until: int, level: float = 4.0, fade: float = 2.0) -> None:
+def milestone(scene: Scene, at: Tokens, until: int, level: float = 4.0, fade: float = 1.0) -> None:
     """Tokens that all queries up to position ``until`` look at, and none after."""
     if until < at[-1]:
         raise Complaint(f"at {until} the milestone {spelled(at)} has not been said", "`until` is later", ("until",))
@@ -63,7 +64,7 @@ def milestone(scene: Scene, at: Tokens, until: int, level: float = 4.0, fade: fl
 
 
 @pattern
-def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: float = 2.0) -> None:
+def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: float = 1.0) -> None:
     """Tokens that no query looks at before position ``from``, and all from then on."""
     if from_ <= at[0]:
         raise Complaint(f"{spelled(at)} is no phoenix if it is wanted at {from_}", "`from` is later", ("from",))
@@ -72,7 +73,7 @@ def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: floa
 
 
 @pattern
-def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: float = 6.0, fade: float = 2.0) -> None:
+def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: float = 6.0, fade: float = 1.0) -> None:
     """Tokens that only the question, the prompt's last tokens, and the answer, the first generated ones, look at."""
     asked = (scene.now >= scene.prompt - question) & (scene.now < scene.prompt + answer)
     scene.look(at, np.where(asked, level, 0.0))
@@ -80,7 +81,7 @@ def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: 
 
 
 @pattern
-def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fade: float = 2.0) -> None:
+def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fade: float = 1.0) -> None:
     """The important region moves: a new one of ``width`` tokens begins at 0, ``every``, 2 * ``every``, …, and is what
     all queries look at until the next begins; earlier regions fall behind.
     """
