@@ -68,9 +68,9 @@ def test_tiny_with_room_for_everything_writes_the_same(name: str, tiny: tuple[An
     expected = model.generate(ids, max_new_tokens=100, do_sample=False)
     with kvpolicy.applied(model, roomy(name)):
         assert model.generate(ids, max_new_tokens=100, do_sample=False).equal(expected)
-        assert model.generate(
-            ids, max_new_tokens=100, do_sample=False, custom_generate=kvpolicy.decode_loop
-        ).equal(expected)
+        assert model.generate(ids, max_new_tokens=100, do_sample=False, custom_generate=kvpolicy.decode_loop).equal(
+            expected
+        )
 
 
 @pytest.mark.smollm2

@@ -119,7 +119,9 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [{}, {"num_attention_heads": 1, "num_key_value_heads": 1}], ids=["grouped", "one-head"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_attention_heads": 1, "num_key_value_heads": 1}], ids=["grouped", "one-head"]
+)
 def test_the_smallest_sizes_work(name, shape):
     model = kvpolicy.apply(random_model(**shape), kvpolicy.load_policy(name, set=DEGENERATE.get(name, {})))
     live = LiveAgreement(model, prompt=1, max_new_tokens=20)
