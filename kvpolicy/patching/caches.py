@@ -87,6 +87,7 @@ class CacheBuilder:
             )
         else:
             self._defer(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            cache._is_user_defined = True  # so do recent versions of transformers; decoding loops ask for it
             turn.make_room(cache, self.patch)
         turn.announce(model_kwargs["past_key_values"])
 

@@ -115,7 +115,8 @@ class _Run:
             self.streamer.put(self.text[:, : self.start].cpu())
         outputs = self.model._prefill(self.text[:, : self.start], self.config, kwargs)
         cache = outputs.past_key_values
-        if self.may_stop_early and (self.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
+        made_for_this_call = isinstance(cache, PolicyCache) and not getattr(cache, "_is_user_defined", False)
+        if self.may_stop_early and (self.config.return_dict_in_generate or not made_for_this_call):
             self.check_every = 1  # the caller sees the cache: nothing may enter that the stock loop would not decode
         self._select(outputs)
         while not self._ended():
@@ -161,7 +162,7 @@ class _Run:
         if not self.config.return_dict_in_generate:
             return text
         kept: dict[str, Any] = {name: tuple(each[: self.length - self.start]) for name, each in self.kept.items()}
-        return GenerateDecoderOnlyOutput(sequences=text, past_key_values=cache, **kept)  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(sequences=text, past_key_values=cache, **kept)
 
 
 class _StepInputs:

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
+from transformers import StaticCache
 
 from kvpolicy import CacheError, ModelError
 from kvpolicy.language import loads_policy
@@ -192,9 +193,13 @@ class TestAModelThatTheUserCompiled:
                 torch.compile(model.model.forward, backend="eager")(prompt[:, :1], past_key_values=cache)
 
     def test_with_another_cache_it_is_one_graph_as_before(self, model, prompt, expected):
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        runs = (torch.compile(model, backend="eager", fullgraph=True), model)
+        caches = [StaticCache(config=model.config, max_cache_len=20) for _ in range(2)]
         with torch.no_grad():
-            assert torch.equal(compiled(prompt, use_cache=False).logits, model(prompt, use_cache=False).logits)
+            assert torch.equal(*(run(prompt, use_cache=False).logits for run in runs))
+            for ids in (prompt, prompt[:, :1]):
+                mine, eager = (run(ids, past_key_values=cache).logits for run, cache in zip(runs, caches, strict=True))
+                torch.testing.assert_close(mine, eager)
 
 
 @pytest.mark.parametrize("name", ["scored", "paged"])
