@@ -23,14 +23,14 @@ def explain(seen: Seen, tokens: frozenset[int]) -> Iterator[str]:
     yield f"at position {seen.newest} (t {step.t}, {what}), layer {layer}, row {row}, KV head {head}"
     for name, pool in step.heads[seen.head].items():
         yield f"  pool {name} keeps {len(pool.kept)} tokens: {spelled(pool.kept)}"
-        yield from (f"    {line}" for line in _reasons(pool, tokens))
+        yield from (f"    {line}" for line in _reasons(pool, seen.plans[name].evicts, tokens))
 
 
-def _reasons(pool: PoolStep, tokens: frozenset[int]) -> Iterator[str]:
-    if pool.choice is None:
-        yield "not to be updated in this pass, or without a budget"
-        return
+def _reasons(pool: PoolStep, evicts: bool, tokens: frozenset[int]) -> Iterator[str]:
     choice = pool.choice
+    if choice is None:
+        yield "not updated in this pass" if evicts else "has no budget: nothing leaves it"
+        return
     yield f"budget {choice.budget}; protected: {spelled(pool.protected)}"
     yield f"left in this pass: {spelled(pool.evicted)}"
     if choice.scores:

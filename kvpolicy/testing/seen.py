@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvpolicy.language import Quantity
 from kvpolicy.oracle import Step
-from kvpolicy.plan import Plan
+from kvpolicy.plan import Plan, PoolPlan
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Seen:
         """Layer, row, KV head."""
         return self.step.layer, self.step.row, self.head
 
+    @property
+    def plans(self) -> dict[str, PoolPlan]:
+        """The pools of this KV head as planned."""
+        layer = self.plan.layers[self.step.layer]
+        return {at.name: at for at in (layer.pools if layer.heads is None else layer.heads[self.head])}
+
     def kept(self, pool: str | None = None) -> frozenset[int]:
         """Positions resident after the pass."""
         pools = self.step.heads[self.head]
@@ -42,9 +48,7 @@ class Seen:
 
     def admitted(self, pool: str | None = None) -> list[int]:
         """Positions ever admitted, ascending."""
-        layer = self.plan.layers[self.step.layer]
-        pools = layer.pools if layer.heads is None else layer.heads[self.head]
-        kinds = frozenset().union(*(at.admits for at in pools if pool in (None, at.name)))
+        kinds = frozenset().union(*(at.admits for name, at in self.plans.items() if pool in (None, name)))
         first = 0 if "prompt" in kinds else self.step.prompt_len
         return list(range(first, self.newest + 1 if "generated" in kinds else self.step.prompt_len))
 
