@@ -34,7 +34,7 @@ def builtin_models() -> tuple[BuiltinModel, ...]:
     return (
         BuiltinModel(
             f"{PREFIX}tiny",
-            "0.3M parameters, trained by this project to run little programs; ships in the package",
+            "0.2M parameters, trained by this project to repeat a phrase it heard; ships in the package",
             tiny / "config.json",
             lambda notify: tiny,
         ),

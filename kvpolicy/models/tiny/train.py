@@ -110,7 +110,7 @@ def train() -> LlamaForCausalLM:
         if step % 50 == 49:
             right = float((logits.argmax(-1) == wanted).float().mean())
             seconds = time.monotonic() - started
-            said = f"loss {float(loss):.3f}, right {right:.3f}, {seconds:.0f} s"
+            said = f"loss {loss.item():.3f}, right {right:.3f}, {seconds:.0f} s"
             print(f"step {step + 1}: {words} words in {length}, {said}", flush=True)
     return model.eval()
 
