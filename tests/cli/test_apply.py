@@ -24,7 +24,7 @@ TINY = ["builtin:tiny", "-n", "40", "--device", "cpu"]
 @pytest.mark.parametrize(
     "policy",
     [
-        ["raas", "--set", "budget=48", "--set", "page_size=4", "-p", "a b c d e f g h i j"],
+        ["raas", "--set", "budget=48", "--set", "page_size=4", "-p", "owl red tin sky fog hum hum hum hum owl"],
         ["scope-discontinuous", "--set", "alpha=16", "--set", "beta1=8", "--set", "beta2=8"],
         ["h2o"],
     ],
@@ -81,7 +81,7 @@ def test_a_saved_model_brings_its_policy_back(tmp_path, capsys):
     assert code == 0
     model = kvpolicy.from_pretrained(tmp_path / "kept")
     assert model.config.kv_policy["name"] == "window"
-    code, out, _ = apply(capsys, "dense", str(tmp_path / "kept"), "-p", "a = zero", "-n", "4", "--json")
+    code, out, _ = apply(capsys, "dense", str(tmp_path / "kept"), "-p", "owl red", "-n", "4", "--json")
     assert code == 0 and json.loads(out)["new_tokens"] == 4
 
 
@@ -89,11 +89,11 @@ def test_prompts_come_from_files_and_stdin(tmp_path, capsys, monkeypatch):
     import io
 
     file = tmp_path / "prompt.txt"
-    file.write_text("a = zero + 7 ;")
+    file.write_text("owl red tin hum owl")
     counts = []
-    for source in (["-p", "a = zero + 7 ;"], ["-f", str(file)]):
+    for source in (["-p", "owl red tin hum owl"], ["-f", str(file)]):
         counts.append(json.loads(apply(capsys, "dense", *TINY, *source, "--json")[1])["prompt_tokens"])
-    monkeypatch.setattr("sys.stdin", io.StringIO("a = zero + 7 ;"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("owl red tin hum owl"))
     counts.append(json.loads(apply(capsys, "dense", *TINY, "-f", "-", "--json")[1])["prompt_tokens"])
     assert len(set(counts)) == 1
 
@@ -133,7 +133,7 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path, capsys):
     ).save_pretrained(tmp_path)
     tokenizer: AutoTokenizer = load_model("builtin:tiny", device="cpu")[1]
     tokenizer.save_pretrained(tmp_path)
-    code, _, err = apply(capsys, "raas", str(tmp_path), "-p", "a = zero")
+    code, _, err = apply(capsys, "raas", str(tmp_path), "-p", "owl red")
     assert code == 4 and "gpt2" in err and "llama" in err and "Traceback" not in err
 
 

@@ -54,7 +54,7 @@ def test_tiny_keeps_what_the_oracle_keeps_on_its_own_text(name: str, tiny: tuple
     model, tokenizer = tiny
     patched(model, tight(name))
     live = LiveAgreement(model, prompt=32, max_new_tokens=80)
-    ids = prompt_ids(tokenizer, "the wind moves over b = a + 5 ; old stones a = zero + 7 ;", 32)
+    ids = prompt_ids(tokenizer, "hum hum owl red tin sky fog hum hum cat hum oak hum hum hum owl", 32)
     for _ in range(81):
         ids = live.feed(ids).argmax(-1)
     assert name not in EVICTING or live.cache.stats()["evicted"] > 0
@@ -64,7 +64,7 @@ def test_tiny_keeps_what_the_oracle_keeps_on_its_own_text(name: str, tiny: tuple
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_with_room_for_everything_writes_the_same(name: str, tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
-    ids = prompt_ids(tokenizer, "a = zero + 7 ; the wind b = a + 5 .", 24)
+    ids = prompt_ids(tokenizer, "hum owl red tin sky fog hum hum hum owl", 24)
     expected = model.generate(ids, max_new_tokens=100, do_sample=False)
     with kvpolicy.applied(model, roomy(name)):
         assert model.generate(ids, max_new_tokens=100, do_sample=False).equal(expected)
@@ -114,7 +114,7 @@ def test_five_thousand_compiled_steps(name: str, tiny: tuple[Any, Any], patched:
     """One plain graph and one update graph, no break, no recompile, nothing grows, and the tokens are eager's."""
     model, tokenizer = tiny
     steps = 5000
-    ids = prompt_ids(tokenizer, "a = zero + 7 ; the wind b = a + 5 ; c = b + 1 ; rain falls d = c + 9 .", 32)
+    ids = prompt_ids(tokenizer, "hum hum owl red tin sky fog ice jam key map oil pan hum hum hum hum owl", 32)
     texts, reports = [], []
     for compiled in (False, True):
         patch = kvpolicy.apply(model, name, compile=compiled, **LONG[name])

@@ -5,8 +5,8 @@
 
 Each word of the phrase matters late and at one place only, so a policy that loses the prompt's phrase before it was
 said once cannot say it at all. From then on each word that was said is looked at one round later and hardly ever again,
-which is what RaaS (arXiv:2502.11147) calls a milestone: a window shorter than the phrase breaks the chain, and so does a
-scorer that drops what was not needed just now.
+which is what RaaS (arXiv:2502.11147) calls a milestone: a window shorter than the phrase breaks the chain, and so does
+a scorer that drops what was not needed just now.
 """
 
 from __future__ import annotations
