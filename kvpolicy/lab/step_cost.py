@@ -130,7 +130,7 @@ AT_BUDGET: dict[str, dict[str, object]] = {
     "raas": {"budget": BUDGET},
     "scope-slide": {"alpha": BUDGET - 64, "beta1": 32, "beta2": 32},
     "scope-adaptive": {"alpha": BUDGET - 64, "beta1": 32, "beta2": 32, "horizon": 64},
-    "scope-discontinuous": {"alpha": BUDGET - 64, "beta1": 32, "beta2": 32, "horizon": 128},
+    "scope-discontinuous": {"alpha": BUDGET - 64, "beta1": 16, "beta2": 48, "horizon": 112},
     "h2o": {"heavy": BUDGET // 2, "recent": BUDGET // 2},
 }
 
@@ -139,7 +139,7 @@ AT_BUDGET: dict[str, dict[str, object]] = {
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
     """A step with budget M against a full-cache step at length M."""
     model = random_model(options.layers, options.device)
-    block, warm = 4, 160
+    block, warm = 4, 112
     steps = warm + options.rounds * block
     arms = [full_cache_arm(model, BUDGET)]
     counts: dict[str, Any] = {}

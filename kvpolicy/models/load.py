@@ -99,6 +99,8 @@ def local_folder(spec: str) -> Path | None:
     Raises:
         ModelError: it can only be a folder and there is none, or the folder holds no model.
     """
+    if not spec.strip():
+        raise ModelError("no model was named; give a local folder, a hub id, builtin:tiny or builtin:smollm2")
     folder = Path(spec).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -106,7 +108,7 @@ def local_folder(spec: str) -> Path | None:
         return folder
     if folder.is_file():
         raise ModelError(f"{spec} is a file; give a folder written by save_pretrained, or a .gguf file")
-    if not spec or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
         raise ModelError(f"there is no folder {spec!r}; give a local folder, a hub id, builtin:tiny or builtin:smollm2")
     return None
 

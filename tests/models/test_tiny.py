@@ -15,7 +15,7 @@ from kvpolicy.models.tiny import task
 from kvpolicy.models.tiny.train import make_config, make_tokenizer
 
 FOLDER = Path(task.__file__).parent
-SHA256 = "SHA"
+SHA256 = "88d63ab62896e5056f589a241e93c6c53e6c935a5b3e7be9edb89d5e463a6f6f"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_config_needs_no_torch():
         ("builtin:huge", "builtin:tiny"),
         ("./nowhere", "there is no folder"),
         ("/no/such/model.gguf", "there is no file"),
-        ("", "there is no folder"),
+        ("", "no model was named"),
     ],
 )
 def test_what_is_not_there_is_said_in_a_sentence(spec, words):

@@ -23,6 +23,7 @@ from kvpolicy.models.tiny.task import HUM, SPECIALS, VOCABULARY, WORDS
 
 STEPS = 700
 LEARNING_RATE = 2e-3
+LEAST = 6
 HUM_ID = VOCABULARY.index(HUM)
 FIRST_WORD = HUM_ID + 1
 BOS_ID = SPECIALS.index("<bos>")
@@ -62,12 +63,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_batch(generator: torch.Generator, words: int, length: int) -> tuple[Tensor, Tensor]:
-    """Texts [B, length] and what to predict, -100 where nothing is: every word from the phrase's return on."""
+def make_batch(generator: torch.Generator, most: int, length: int) -> tuple[Tensor, Tensor]:
+    """Texts [B, length] and what to predict, -100 where nothing is: every word from the phrase's return on.
+
+    Phrases have from LEAST to ``most`` words: a model that meets one length alone at the end forgets the others.
+    """
     rows = 96 if length < 128 else 48
     ids = torch.full((rows, length), HUM_ID)
     labels = torch.full((rows, length), -100)
     for row in range(rows):
+        words = int(torch.randint(LEAST, most + 1, (1,), generator=generator))
         phrase = torch.randperm(len(WORDS), generator=generator)[:words] + FIRST_WORD
         first = int(torch.randint(1, length - 2 * words + 1, (1,), generator=generator))
         again = int(torch.randint(first + words, length - words + 1, (1,), generator=generator))
@@ -79,7 +84,7 @@ def make_batch(generator: torch.Generator, words: int, length: int) -> tuple[Ten
 
 
 def schedule(step: int) -> tuple[int, int, float]:
-    """Words of a phrase, length of a text, and learning rate at a step."""
+    """Most words of a phrase, length of a text, and learning rate at a step."""
     done = step / STEPS
     words = 8 + int(8 * min(1.0, 1.3 * done))
     length = 24 + int(16 * done / 0.3) if done < 0.3 else 40 + int(232 * (done - 0.3) / 0.7)
@@ -111,7 +116,7 @@ def train() -> LlamaForCausalLM:
             right = float((logits.argmax(-1) == wanted).float().mean())
             seconds = time.monotonic() - started
             said = f"loss {loss.item():.3f}, right {right:.3f}, {seconds:.0f} s"
-            print(f"step {step + 1}: {words} words in {length}, {said}", flush=True)
+            print(f"step {step + 1}: up to {words} words in {length}, {said}", flush=True)
     return model.eval()
 
 
