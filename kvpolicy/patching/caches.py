@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from kvpolicy.patching.patch import Patch
 
 Lengths = int | tuple[int, int]
+Result = TypeVar("Result")
 
 SHARED = 128  # tokens: prompts between two multiples of it are planned alike where steps are compiled
 
@@ -28,26 +32,28 @@ def build_cache(
     """A fresh cache for a patched model; lengths as in `make_plan`."""
     # The model may have been cast since the policy was applied.
     geometry = replace(patch.geometry, dtype=str(model.dtype).removeprefix("torch."))
-    lengths = {"batch": batch, "max_new_tokens": max_new_tokens, "turns": turns}
-    low, high = (prompt, prompt) if isinstance(prompt, int) else prompt
-    try:
-        wider = shared_lengths(patch, (low, high))
-        plan = make_plan(patch.policy, geometry, prompt=wider, **lengths)
-    except (UsageError, PolicyError):  # the policy has no room for the longest of them: plan for this prompt alone
-        plan = make_plan(patch.policy, geometry, prompt=(low, high), **lengths)
+    plan = make_plan(patch.policy, geometry, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, turns=turns)
     with torch.inference_mode(False):  # made inside inference mode, its tensors could never be written outside again
         return PolicyCache(plan, device=model.device, dtype=model.dtype)
 
 
-def shared_lengths(patch: Patch, prompt: tuple[int, int]) -> tuple[int, int]:
-    """Prompt lengths (fewest, most) to plan for: where steps are compiled, those that can share a graph with this one.
+def lengths_to_plan(patch: Patch, prompt: tuple[int, int]) -> list[tuple[int, int]]:
+    """Prompt lengths (fewest, most) that `generate` may plan a turn for, best first.
 
-    Where a policy keeps the prompt, its length is a shape in the graph.
+    Where steps are compiled and a policy keeps the prompt, its length is a shape in the graph: lengths that are planned
+    alike share one. A policy that has no room for the longest of them gets the prompt's own.
     """
-    if patch.compiler is None:
-        return prompt
     low, high = prompt
-    return max(min(low, 1), low // SHARED * SHARED), -(-high // SHARED) * SHARED
+    wide = max(min(low, 1), low // SHARED * SHARED), -(-high // SHARED) * SHARED
+    return [prompt] if patch.compiler is None else [wide, prompt]
+
+
+def first_that_fits(prompts: list[tuple[int, int]], use: Callable[[tuple[int, int]], Result]) -> Result:
+    """Use the first of several prompt lengths that the policy does not refuse; the last one's refusal stands."""
+    for prompt in prompts[:-1]:
+        with suppress(UsageError, PolicyError):
+            return use(prompt)
+    return use(prompts[-1])
 
 
 @dataclass
@@ -82,9 +88,9 @@ class CacheBuilder:
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
         if cache is None:
-            model_kwargs["past_key_values"] = build_cache(
-                self.model, self.patch, prompt=turn.prompt, max_new_tokens=turn.max_new_tokens, batch=rows
-            )
+            build = partial(build_cache, self.model, self.patch, max_new_tokens=turn.max_new_tokens, batch=rows)
+            prompts = lengths_to_plan(self.patch, turn.prompt)
+            model_kwargs["past_key_values"] = first_that_fits(prompts, lambda prompt: build(prompt=prompt))
         else:
             self._defer(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             cache._is_user_defined = True  # so do recent versions of transformers; decoding loops ask for it
@@ -160,11 +166,9 @@ class Turn:
         fits = plan.prompt[0] <= self.prompt[0] and self.prompt[1] <= plan.prompt[1]
         if fits and self.max_new_tokens <= plan.max_new_tokens and cache.passes["prompt"] < plan.turns:
             return
+        extend = partial(cache.extend, max_new_tokens=self.max_new_tokens)
         with torch.inference_mode(False):
-            try:
-                cache.extend(prompt=shared_lengths(patch, self.prompt), max_new_tokens=self.max_new_tokens)
-            except (UsageError, PolicyError):
-                cache.extend(prompt=self.prompt, max_new_tokens=self.max_new_tokens)
+            first_that_fits(lengths_to_plan(patch, self.prompt), lambda prompt: extend(prompt=prompt))
 
     def announce(self, cache: PolicyCache) -> None:
         """Tell the cache the turn's length, as its chunks cannot; a single token on top goes on where it stopped."""

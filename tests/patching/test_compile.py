@@ -44,7 +44,7 @@ def test_what_adds_no_graph(model, policies, padded, prompt, greedy, name):
     model.generate(**padded, **greedy)
     model.generate(prompt, **greedy)
     model.generate(torch.cat([prompt, prompt], 1), **greedy)
-    caches = [cache_for(model, prompt=17, max_new_tokens=24, batch=2) for _ in range(2)]
+    caches = [cache_for(model, prompt=(1, 128), max_new_tokens=24, batch=2) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
             model(prompt, past_key_values=cache)
@@ -52,6 +52,18 @@ def test_what_adds_no_graph(model, policies, padded, prompt, greedy, name):
             for cache in caches:
                 model(prompt[:, column : column + 1], past_key_values=cache)
     assert compile_report(model) == CompileReport(graphs=graphs)
+
+
+def test_a_policy_without_room_for_like_prompts_plans_for_this_one(model, prompt, greedy):
+    """raas refuses prompts beyond its total, though not this one; a cache made by hand is as long as it was asked."""
+    apply(model, "raas", budget=64, page_size=8, compile="eager")
+    output = model.generate(prompt, return_dict_in_generate=True, **greedy)
+    assert output.past_key_values.plan.prompt == (17, 17)
+    remove(model)
+    apply(model, "dense", compile="eager")
+    output = model.generate(prompt, return_dict_in_generate=True, **greedy)
+    assert output.past_key_values.plan.prompt == (1, 128)
+    assert cache_for(model, prompt=17, max_new_tokens=24).plan.prompt == (17, 17)
 
 
 def test_a_graph_for_each_layer_shape_and_no_more(build, prompt, greedy):
@@ -212,7 +224,7 @@ def test_the_generated_code_copies_no_cache(model, policies, prompt, name):
     output, codes = run_and_get_code(model.generate, prompt, do_sample=False, max_new_tokens=13)
     assert torch.equal(output, expected)
     assert compile_report(model) == CompileReport(graphs=2)
-    keys = cache_for(model, prompt=17, max_new_tokens=13, batch=2).layers[0].state.keys
+    keys = cache_for(model, prompt=(1, 128), max_new_tokens=13, batch=2).layers[0].state.keys
     assert len(codes) == 2
     for code in codes:
         made = re.findall(r"empty_strided_cpu\(\((.*?)\)", code)
