@@ -79,12 +79,12 @@ def test_smollm2_keeps_what_the_oracle_keeps(name: str, smollm2: tuple[Any, Any]
     """Real attention, with its sinks; every tenth layer is compared."""
     model, tokenizer = smollm2
     patched(model, tight(name))
-    length = 30 if name in ("raas", "random") else 60
-    live = LiveAgreement(model, prompt=length, max_new_tokens=40)
-    ids = prompt_ids(tokenizer, TEXT, length)
-    for _ in range(41):
+    steps = 24
+    live = LiveAgreement(model, prompt=30, max_new_tokens=steps)
+    ids = prompt_ids(tokenizer, TEXT, 30)
+    for _ in range(1 + steps):
         ids = live.feed(ids, layers=[0, 10, 20, 29]).argmax(-1)
-    assert live.agreement.compared == 41 * 4 * 3
+    assert live.agreement.compared == (1 + steps) * 4 * 3
     assert len(live.agreement.near_ties) <= live.agreement.compared // 50, live.agreement.summary()
     assert name not in EVICTING or live.cache.stats()["evicted"] > 0
 

@@ -11,7 +11,7 @@ from kvpolicy.testing.live import LiveAgreement
 from kvpolicy.testing.models import random_model
 
 FAMILIES = sorted(architectures())
-STEPS = 64
+STEPS = 40
 
 
 def next_tokens(rows: int, seed: int = 9) -> torch.Tensor:
