@@ -68,8 +68,9 @@ class ModelHook:
             )
         if cache.moment.kind is not None:
             raise CacheError(
-                "the last pass over this cache failed halfway, so its layers disagree about what they have seen; call "
-                "cache.reset() and start over"
+                "a pass over this cache is open already: the last one failed halfway, and its layers disagree about "
+                "what they have seen (call cache.reset() and start over), or cache.begin was called by hand (the model "
+                "calls it)"
             )
         if given.get("output_attentions"):
             raise ModelError("no attention maps exist under a policy's cache; drop output_attentions=True")

@@ -176,6 +176,28 @@ def test_without_generate(model, policies, prompt):
     assert counted.get_seq_length() == 19
 
 
+class Int8Linear(torch.nn.Module):
+    """A linear layer as quantisers make them: integer weights, scales beside them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, hidden):
+        return hidden @ (self.weight * self.scale).T
+
+
+def test_a_quantised_model(model, policies, prompt, greedy):
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Int8Linear(layer.mlp.up_proj)
+        layer.self_attn.q_proj = Int8Linear(layer.self_attn.q_proj)
+    expected = model.generate(prompt, **greedy)
+    with applied(model, policies["everything"]):
+        assert torch.equal(model.generate(prompt, **greedy), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_that_was_cast_afterwards(model, policies, prompt, greedy, dtype):
     apply(model, policies["scored"])
