@@ -238,7 +238,7 @@ class PolicyCache(Cache):
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
             "resident": resident,
-            "resident_peak": max(sum(layer.pool_peak(pool) for pool in layer.plan.pools) for layer in self.layers),
+            "resident_peak": max(layer.peak() for layer in self.layers),
             "bound": self.plan.resident_bound,
             "bytes": self.bytes,
             "passes": dict(self.passes),
@@ -274,7 +274,7 @@ def _count(layer: PolicyLayer, pool: PoolPlan, clocks: Clocks, counts: dict[str,
     resident = (state.pool_positions(pool) >= 0).flatten(2).sum(-1)
     seen = clocks.streams[pool.stream].seen[:, None].expand_as(resident)
     counts["resident"] = max(counts["resident"], int(resident.max()))
-    counts["peak"] = max(counts["peak"], layer.pool_peak(pool))
+    counts["peak"] = max(counts["peak"], int(layer.pool_peak(pool).max()))
     counts["bound"] = max(counts["bound"], pool.bound)
     counts["seen"] += int(seen.sum())
     counts["evicted"] += int((seen - resident).sum())

@@ -84,11 +84,15 @@ class PolicyLayer(CacheLayerMixin):
             if name.endswith(".peak"):
                 self.state.tensors[name].copy_(tensor)
 
-    def pool_peak(self, pool: PoolPlan) -> int:
-        """The most tokens of a pool that a generated pass has met in any row and head, whole pages."""
-        resident = int(self.state.resident_units(pool).sum(-1).max()) * pool.page
+    def pool_peak(self, pool: PoolPlan) -> Tensor:
+        """The most tokens of a pool that a generated pass has met in each row and head [B, K], whole pages."""
+        resident = self.state.resident_units(pool).sum(-1) * pool.page
         peak = self.state.tensors.get(f"{pool.name}.peak")
-        return resident if peak is None else max(resident, int(peak.max()))
+        return resident if peak is None else torch.maximum(resident, peak)
+
+    def peak(self) -> int:
+        """The most tokens that a generated pass has met in any row and head: the sum of its pools' peaks."""
+        return int(sum((self.pool_peak(pool) for pool in self.plan.pools), torch.zeros(())).max())
 
     # What transformers asks of a cache layer ------------------------------------------------------------------------
 
@@ -163,7 +167,7 @@ class PolicyLayer(CacheLayerMixin):
                 old = bound[state.rows, state.heads, unit]
                 widened = torch.where(opens[:, None, None], key[:, :, 0], wider(old, key[:, :, 0]))
                 bound[state.rows, state.heads, unit] = widened
-        self.policies[pool.name].enter(state, clocks, unit, opens, self.plan.index)
+        self.policies[pool.name].enter(state, clocks, unit, opens)
 
     def _learn_and_drop(self, sight: Sight, update: bool) -> None:
         """Steps 4 and 5 of a generated pass: every pool observes and scores before any drops."""

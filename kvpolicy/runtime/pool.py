@@ -68,7 +68,7 @@ class PoolPolicy:
         resident = state.resident_units(state.pools[self.name])
         return resident if safe is None else resident & ~safe
 
-    def enter(self, state: LayerState, clocks: Clocks, unit: Tensor, opens: Tensor | None, layer: int) -> None:
+    def enter(self, state: LayerState, clocks: Clocks, unit: Tensor, opens: Tensor | None) -> None:
         """A unit [B, K] takes one more token: a new unit forgets who lay there before."""
         pool, rows, heads = state.pools[self.name], state.rows, state.heads
         for leaf in self.leaves:
@@ -82,7 +82,7 @@ class PoolPolicy:
             if leaf.signal == "random":
                 seed = int(leaf.args.get("seed", 0))
                 position = clocks.position[:, None].expand_as(unit)
-                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, layer, heads, position)))
+                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, state.layer, heads, position)))
             for name, fresh in stale:
                 tensor = state.tensors[name]
                 if not isinstance(fresh, Tensor):

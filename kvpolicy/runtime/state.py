@@ -30,6 +30,7 @@ class LayerState:
         rows, heads = self.position.shape[:2]
         self.rows = torch.arange(rows, device=device)[:, None]
         self.heads = torch.arange(heads, device=device)[None, :]
+        self.layer = torch.tensor(plan.index, device=device)
         self.clear()
 
     def clear(self) -> None:

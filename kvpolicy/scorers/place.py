@@ -9,7 +9,6 @@ from kvpolicy.plan import PoolPlan
 from kvpolicy.scorers.registry import signal
 from kvpolicy.scorers.sight import Leaf, Sight
 
-MASK = (1 << 64) - 1
 DRAWN_BITS = 24  # exact in float32
 
 
@@ -25,26 +24,19 @@ def random(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     return sight.state.tensors[f"{pool.name}.drawn.{leaf.number}"]
 
 
-def drawn(seed: int, layer: int, heads: Tensor, position: Tensor) -> Tensor:
+def drawn(seed: int, layer: Tensor, heads: Tensor, position: Tensor) -> Tensor:
     """Hash of (seed, layer, KV head, position): the splitmix64 finaliser chained over the four, its top 24 bits / 2^24.
 
-    ``heads`` and ``position`` are int64 and broadcast; the same numbers on every device, in every order.
+    All but the seed are int64 and broadcast; the same numbers on every device, in every order. The layer is a tensor,
+    so that a graph that draws serves every layer.
     """
-    head = torch.full_like(position, _mix_number(layer, _mix_number(seed, 0)))
-    mixed = _mix(_mix(head, heads.expand_as(position)), position)
+    seeded = _mix(torch.zeros_like(position), torch.full_like(position, seed))
+    mixed = _mix(_mix(_mix(seeded, layer.expand_as(position)), heads.expand_as(position)), position)
     return ((mixed >> (64 - DRAWN_BITS)) & ((1 << DRAWN_BITS) - 1)).float() / (1 << DRAWN_BITS)
 
 
 STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _mix_number(number: int, before: int) -> int:
-    """One link of the chain on a Python integer, as a signed 64-bit number."""
-    z = before & MASK ^ ((number + GOLDEN) & MASK)
-    for shift, factor in STEPS:
-        z = (z ^ (z >> shift)) * factor & MASK
-    return _signed(z)
 
 
 def _mix(before: Tensor, number: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ POLICIES = {
     "scope-slide": ({"alpha": 14, "alpha2": 3, "beta1": 9, "beta2": 7}, 1),
     "scope-discontinuous": ({"alpha": 14, "alpha2": 3, "beta1": 9, "beta2": 7, "horizon": 60}, 2),
     "h2o": ({"heavy": 10, "recent": 6}, 1),
+    "random-unpinned": ({"budget": 18}, 1),
 }
 
 

@@ -67,8 +67,8 @@ def hash64(*numbers: int) -> int:
 def test_drawn_numbers_are_the_hash_of_seed_layer_head_and_position() -> None:
     heads, places = torch.arange(3)[None, :, None], torch.tensor([[[0, 1, 77, 100_000]]])
     for seed, layer in ((0, 0), (7, 29), (123456789, 3)):
-        got = drawn(seed, layer, heads, places.expand(1, 3, 4))
+        got = drawn(seed, torch.tensor(layer), heads, places.expand(1, 3, 4))
         for head in range(3):
             for i, place in enumerate(places[0, 0].tolist()):
                 assert got[0, head, i] == (hash64(seed, layer, head, place) >> 40) / 2**24
-    assert 0.4 < float(drawn(1, 0, torch.zeros(1, dtype=torch.long), torch.arange(4000)).mean()) < 0.6
+    assert 0.4 < float(drawn(1, torch.tensor(0), torch.zeros(1, dtype=torch.long), torch.arange(4000)).mean()) < 0.6
