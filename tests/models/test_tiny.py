@@ -15,7 +15,7 @@ from kvpolicy.models.tiny import task
 from kvpolicy.models.tiny.train import make_config, make_tokenizer
 
 FOLDER = Path(task.__file__).parent
-SHA256 = "88d63ab62896e5056f589a241e93c6c53e6c935a5b3e7be9edb89d5e463a6f6f"
+SHA256 = "9ff325dd5203204285403cfe9bdbbb75f9dc48ad3fa3ad1366fc0744b3bde1ea"
 
 
 @pytest.fixture(scope="module")
