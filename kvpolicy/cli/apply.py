@@ -15,7 +15,7 @@ from rich.status import Status
 
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json, Settings, Spec, parse_settings
-from kvpolicy.cli.explain import mib
+from kvpolicy.cli.page import mib
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, load_policy
 

@@ -1,4 +1,4 @@
-"""A plan in plain words: what each pool answers, and how its slots lie."""
+"""A plan in plain words: what each pool answers, and what the answers cost."""
 
 from __future__ import annotations
 
@@ -6,59 +6,75 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from kvpolicy.language import Quantity
-from kvpolicy.plan import LayerPlan, PoolPlan, ScorerPlan, layer_needs
-
-COSTS = {
-    "logits": "the step's own logits",
-    "bounds": "the extremes of each page's keys",
-    "drawn": "a number drawn at entry",
-    "keys": "the stored keys",
-    "values": "the stored values",
-}
-MARKS = "█▓▒░"
-"""Marks of pools in the picture of the slots, in reading order, over again where there are more."""
+from kvpolicy.language.signals import SIGNALS
+from kvpolicy.plan import NEEDS, LayerPlan, ModelGeometry, Plan, PoolPlan, ScorerPlan, reads_bounds, scoring_leaves
 
 
-def pool_answers(pool: PoolPlan) -> Iterator[tuple[str, str]]:
-    """The seven answers of a pool: (question, answer)."""
+def plural(number: int, noun: str) -> str:
+    """`1 row`, `2,048 tokens`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def pool_answers(pool: PoolPlan, shape: ModelGeometry, budgets: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """The seven answers of a pool: (question, sentence). `budgets` is where its budget changes, as (t, tokens)."""
+    unit = "page" if pool.page > 1 else "token"
+    pages = f", in pages of {pool.page} in order of arrival" if pool.page > 1 else ""
     yield (
-        "who enters",
-        f"{' and '.join(sorted(pool.admits, reverse=True))} tokens" if pool.admits else "what others send",
+        "enters",
+        (f"{listed(sorted(pool.admits, reverse=True))} tokens" if pool.admits else "what others send") + pages,
     )
     if pool.budget is None:
-        yield "how many may stay", "all"
-        if pool.page > 1:
-            yield "pages", f"{pool.page} tokens each"
-        return
-    yield "how many may stay", budget_words(pool.budget)
-    safe = list(_safe(pool))
-    yield "who is safe", "; ".join(safe) if safe else "nobody"
-    yield "how the others are ranked", scorer_words(pool.scorer)
-    unit = "page" if pool.page > 1 else "token"
-    where = f"moves to {pool.to}" if pool.to else "is dropped"
-    scope = {"kv-head": "per KV head", "layer": "one set per layer", "across-heads": "heads compete"}[pool.scope]
-    yield "who goes", f"the lowest {unit} {where}, {scope}"
-    yield "when", cadence_words(pool)
-    if pool.page > 1:
-        yield "pages", f"{pool.page} tokens each"
-    if pool.read is not None:
-        yield "what is read", f"the best {pool.read.top.text} tokens, by {scorer_words(pool.read.scorer)}"
-    if pool.store is not None:
-        yield "how it is stored", f"{pool.store.bits} bits, groups of {pool.store.group}"
+        yield "stays", "everything, for ever"
+    else:
+        yield "stays", budget_words(pool.budget, budgets)
+        yield "safe", listed(list(_safe(pool))) if list(_safe(pool)) else f"no {unit}"
+        yield "ranked", f"{scorer_words(pool.scorer, shape)}; of equals the older is lower"
+        yield "goes", f"the lowest {unit} {f'moves to {pool.to}' if pool.to else 'is dropped'}, {_scope(pool)}"
+        yield "when", cadence_words(pool)
+    if pool.read is None:
+        yield "read", "all of it, at every step"
+    else:
+        best = scorer_words(pool.read.scorer, shape)
+        yield "read", f"{pool.read.top.text} tokens a step, the newest {unit} and the best by: {best}"
+    if pool.store is None:
+        yield "stored", f"as {shape.dtype}, one key and one value per KV head"
+    else:
+        groups = f"{pool.store.group} numbers to a scale"
+        yield "stored", f"in {pool.store.bits} bits, {groups}, keys by {pool.store.keys}, values by {pool.store.values}"
 
 
-def budget_words(budget: Quantity) -> str:
-    """A budget as a number or as the formula it is."""
-    return f"{int(budget.constant)} tokens" if budget.constant is not None else f"{budget.text} tokens"
+def _scope(pool: PoolPlan) -> str:
+    if pool.scope == "layer":
+        return "the same in all KV heads of a layer, by their mean score"
+    if pool.scope == "across-heads":
+        return f"KV heads compete, and each keeps {float(pool.floor):.0%} of its budget in any case"
+    return "each KV head for itself"
+
+
+def budget_words(budget: Quantity, budgets: list[tuple[int, int]]) -> str:
+    """A budget as its formula, and what that is at these lengths."""
+    if budget.constant is not None:
+        return plural(max(0, int(budget.constant)), "token")
+    if not budgets:
+        return f"{budget.text} tokens"
+    if len(budgets) == 1:
+        return f"{budget.text} = {plural(budgets[0][1], 'token')}"
+    (begin, least), (end, most) = budgets[0], budgets[-1]
+    return f"{budget.text} tokens: {least:,} at t = {begin:,}, {most:,} from t = {end:,} on"
 
 
 def cadence_words(pool: PoolPlan) -> str:
     """When a pool is updated."""
     if pool.cadence == 0:
-        return "at the end of a prompt only"
+        return "at the end of a prompt, never after"
     if pool.cadence == 1:
-        return "at every step, and at the end of a prompt"
-    return f"at every step whose number is a multiple of {pool.cadence}, and at the end of a prompt"
+        return "at the end of a prompt, and at every step"
+    return f"at the end of a prompt, and at every step whose t is a multiple of {pool.cadence}"
 
 
 def _safe(pool: PoolPlan) -> Iterator[str]:
@@ -67,65 +83,93 @@ def _safe(pool: PoolPlan) -> Iterator[str]:
     if pool.window is not None:
         yield f"the newest {pool.window.text}"
     if pool.pin_survivors:
-        yield "who survived an update"
+        yield "all that survived an update"
     if pool.pin_special:
         yield "special tokens"
     if pool.page > 1:
         yield "the newest page"
 
 
-def scorer_words(scorer: ScorerPlan) -> str:
+QUERIES = {"current": "the newest query", "all": "every query of a pass, summed"}
+RANKED = {"cache": "the whole cache", "pool": "this pool", "candidates": "the unprotected of this pool"}
+NORMS = {
+    "max": "divided by the largest",
+    "softmax": "through a softmax over the unprotected",
+    "mass": "times the share of the scores that the kept ones hold",
+}
+MEMORIES = {
+    "sum": "summed over time",
+    "last-hit": "the score is the t of the last hit, or of entry",
+    "decay": "summed over time, the sum so far times {} each pass",
+    "max-decay": "the larger of now and {} times before",
+    "recurrence": "by how overdue the next hit is against the longest gap so far, a bonus of {} for short gaps",
+}
+
+
+def scorer_words(scorer: ScorerPlan, shape: ModelGeometry) -> str:
     """A scorer's stages in the order in which they work."""
     if scorer.op != "leaf":
-        joined = (" + " if scorer.op == "sum" else " × ").join(scorer_words(part) for part in scorer.parts)
-        return f"({joined})" if scorer.weight == 1 else f"{_number(scorer.weight)} × ({joined})"
-    parts = [scorer.signal]
-    if scorer.args:
-        parts[0] += f" ({', '.join(f'{key} {_number(value)}' for key, value in scorer.args)})"
-    if scorer.signal in ("attention", "attention-logit", "page-bound"):
-        queries = {"current": "of the newest query", "all": "of every query, summed"}
-        parts[0] += f" {queries.get(str(scorer.queries), f'of the newest {scorer.queries} queries')}"
-        parts.append(f"{scorer.heads} over the group's heads")
-    if scorer.smooth:
-        parts.append(f"{scorer.smooth[0]} over {scorer.smooth[1]} neighbours")
-    if scorer.norm:
-        parts.append(f"normalised by {scorer.norm}")
-    if scorer.hit:
-        kind, value = scorer.hit
-        parts.append(f"a hit if in the top {value.text}" if isinstance(value, Quantity) else f"a hit if {kind} {value}")
-    if scorer.remembers:
-        kind, number = scorer.memory
-        parts.append(f"remembered as {kind}" + ("" if number is None else f" {_number(number)}"))
-    if scorer.weight != 1:
-        parts.append(f"times {_number(scorer.weight)}")
-    return ", ".join(parts)
+        parts = [f"({scorer_words(part, shape)})" for part in scorer.parts]
+        joined = (" plus " if scorer.op == "sum" else " times ").join(parts)
+        return joined if scorer.weight == 1 else f"{_number(scorer.weight)} times ({joined})"
+    return ", ".join(_stages(scorer, shape))
+
+
+def _stages(leaf: ScorerPlan, shape: ModelGeometry) -> Iterator[str]:
+    signal = SIGNALS.get(leaf.signal)
+    arguments = ", ".join(f"{key} {_number(value)}" for key, value in leaf.args)
+    name = leaf.signal + (f" with {arguments}" if arguments else "")
+    yield f"{name} ({signal.meaning})" if signal else name
+    if signal is None or signal.queries:
+        asked = QUERIES.get(str(leaf.queries), f"the newest {leaf.queries} queries, averaged")
+        yield f"asked by {asked}"
+        if leaf.over != "cache" and leaf.signal == "attention":
+            yield f"its softmax over {RANKED[leaf.over]}"
+        if shape.group > 1:
+            reduced = "the logits' maximum" if leaf.heads == "logits-max" else f"the {leaf.heads}"
+            yield f"{reduced} over the {shape.group} query heads of a KV head"
+    if leaf.smooth:
+        yield f"smoothed by the {leaf.smooth[0]} of {leaf.smooth[1]} neighbours"
+    if leaf.norm:
+        yield NORMS[leaf.norm]
+    if leaf.hit:
+        kind, value = leaf.hit
+        if isinstance(value, Quantity):
+            yield f"a hit where among the best {value.text} of {RANKED[leaf.over]}"
+        else:
+            yield f"a hit where {kind} {_number(value)}"
+    if leaf.remembers:
+        yield MEMORIES[leaf.memory[0]].format(_number(leaf.memory[1]))
+    if leaf.weight != 1:
+        yield f"times {_number(leaf.weight)}"
 
 
 def _number(value: object) -> str:
     return f"{float(value):g}" if isinstance(value, Fraction) else str(value)
 
 
-def needs_words(layer: LayerPlan) -> str:
-    """What the scorers of a layer read, in words."""
-    needs = [COSTS[need] for need in sorted(layer_needs(layer))]
-    sums = any(leaf.queries == "all" for pool in layer.pools if pool.evicts for leaf in pool.scorer.leaves())
-    if sums:
-        needs.append("column sums of the prompt, in tiles")
-    return ", ".join(needs) if needs else "nothing: attention runs as it is"
+# Costs -----------------------------------------------------------------------------------------------------------
 
 
-def slot_bar(layer: LayerPlan, width: int = 64) -> str:
-    """The layer's slots in a row: each pool by its mark, the room between two updates as dots."""
-    bar = ""
-    for index, pool in enumerate(layer.pools):
-        cells = max(1, round(width * pool.capacity / layer.slots))
-        slack = 0 if pool.capacity == pool.bound else max(1, round(cells * (1 - pool.bound / pool.capacity)))
-        bar += MARKS[index % len(MARKS)] * max(1, cells - slack) + "·" * slack
-    return bar
-
-
-def slot_legend(layer: LayerPlan) -> str:
-    """What the marks of the bar stand for."""
-    parts = [f"{MARKS[i % len(MARKS)]} {pool.name} {pool.bound}" for i, pool in enumerate(layer.pools)]
-    room = layer.slots - layer.bound
-    return "   ".join(parts + ([f"· room until the next update {room}"] if room else []))
+def costs(plan: Plan, layer: LayerPlan) -> Iterator[str]:
+    """What the scorers of a layer need, and what that costs; nothing where attention runs as it would without them."""
+    shape = plan.geometry
+    leaves = [(pool, leaf) for pool in layer.pools for leaf in scoring_leaves(pool)]
+    needs = {need: [pair for pair in leaves if need in NEEDS.get(pair[1].signal, ())] for need in ("logits", "bounds")}
+    generated = [(pool, leaf) for pool, leaf in needs["logits"] if pool.cadence]
+    if generated:
+        every = any(leaf.remembers or pool.cadence == 1 for pool, leaf in generated)
+        steps = "each step" if every else "steps with an update"
+        yield f"the logits of {steps}: attention is computed in the open, not fused"
+    if any(leaf.queries == "all" for _, leaf in needs["logits"]):
+        yield "column sums of the prompt's attention: its logits a second time, in tiles, never whole"
+    elif any("prompt" in pool.admits for pool, _ in needs["logits"]):
+        yield "the prompt's attention for its newest queries alone"
+    if needs["bounds"]:
+        kept = sum(pool.units for pool in layer.pools if reads_bounds(layer, pool))
+        size = 2 * kept * shape.head_dim
+        yield f"page bounds: two vectors per page and KV head ({size:,} numbers), and a product with them at every step"
+    for signal in sorted(
+        {leaf.signal for _, leaf in leaves if NEEDS.get(leaf.signal, frozenset()) & {"keys", "values"}}
+    ):
+        yield f"{signal}: a pass over the stored {'values' if signal.startswith('value') else 'keys'} at each update"

@@ -1,0 +1,67 @@
+"""Whose shape `kvpolicy explain` plans for: a published model's by name, or what a config says. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvpolicy.errors import ModelError
+from kvpolicy.language.vocabulary import nearest
+from kvpolicy.models import load_config
+from kvpolicy.plan import ModelGeometry
+
+
+def _published(model_type: str, layers: int, heads: tuple[int, int], vocabulary: int, positions: int) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "hidden_size": 128 * heads[0],
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "dtype": "bfloat16",
+    }
+
+
+SHAPES = {  # what each model's config.json says; heads are of size 128 in all of them
+    "llama-3.1-8b": _published("llama", 32, (32, 8), 128_256, 131_072),
+    "llama-3.1-70b": _published("llama", 80, (64, 8), 128_256, 131_072),
+    "mistral-7b-v0.3": _published("mistral", 32, (32, 8), 32_768, 32_768),
+    "marco-o1": _published("qwen2", 28, (28, 4), 152_064, 32_768),
+    "qwen2.5-math-7b": _published("qwen2", 28, (28, 4), 152_064, 4_096),
+    "deepscaler-1.5b": _published("qwen2", 28, (12, 2), 151_936, 131_072),
+    "qwen3-8b": _published("qwen3", 36, (32, 8), 151_936, 40_960),
+}
+
+
+def shape_named(name: str, dtype: str | None) -> ModelGeometry:
+    """The shape of a published model, in its own dtype or in `dtype`.
+
+    Raises:
+        ModelError: there is none of this name, or no cache is stored in this dtype.
+    """
+    if name not in SHAPES:
+        raise ModelError(f"there is no shape {name!r}; {nearest(name, SHAPES).replace('`', '')}")
+    return ModelGeometry.from_config(SHAPES[name], dtype)
+
+
+def shape_of(model: str, dtype: str | None) -> ModelGeometry:
+    """The shape of a model: a built-in one, a folder, a config.json, a hub id or a .gguf file. Reads no weights.
+
+    Raises:
+        ModelError: there is no such model, or its config cannot be read.
+    """
+    file = Path(model).expanduser()
+    if file.is_dir() and (file / "config.json").is_file():
+        file = file / "config.json"
+    if not file.is_file() or file.suffix != ".json":
+        return ModelGeometry.from_config(load_config(model), dtype)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the config {file}: {error}; give the config.json of a model") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is no config: it holds a {type(config).__name__}; give the config.json of a model")
+    return ModelGeometry.from_config(config, dtype)
