@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.status import Status
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json, Settings, Spec, parse_settings
 from kvpolicy.cli.page import mib
+from kvpolicy.cli.picture import strip
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, load_policy
 
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     from kvpolicy.lab.running import Outcome, Request
 
 EPILOG = (
-    "Examples: kvpolicy apply raas; kvpolicy apply scope-slide builtin:smollm2 -f story.txt --set alpha=512; "
-    "kvpolicy apply my.yaml ./my-model -p 'Once' --compare-dense --json."
+    "Examples: kvpolicy apply raas --set budget=200; kvpolicy apply scope-slide builtin:smollm2 -f story.txt --set "
+    "alpha=512; kvpolicy apply my.yaml ./my-model -p 'Once' --compare-dense --json. Ctrl-C ends the text and still "
+    "shows the account."
 )
 
 
@@ -33,7 +37,9 @@ def run(
     model: Annotated[
         str, typer.Argument(metavar="[MODEL]", help="builtin:tiny, builtin:smollm2, a hub id, a folder, a .gguf file.")
     ] = "builtin:tiny",
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; built-in models have one of their own.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A file with the prompt; - for stdin.")] = None,
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 256,
     settings: Settings = None,
@@ -41,14 +47,20 @@ def run(
         bool | None, typer.Option("--compile/--no-compile", help="Compile the steps; by default on CUDA only.")
     ] = None,
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Ask the full cache what it thinks of the text.")
+        bool, typer.Option("--compare-dense", help="Let the full cache read along, and compare at every token.")
     ] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Save model, tokenizer and policy to a folder.")] = None,
+    must_evict: Annotated[
+        bool, typer.Option("--must-evict", help="Exit with 1 if the policy evicts nothing or exceeds its bound.")
+    ] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16; the model's own.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the model's chat template if any.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest of this mass.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the model's chat template if any.")] = None,
     json: Json = False,
 ) -> None:
     """Generate text under a policy; the text streams to stdout, and a table says what was kept of it."""
@@ -56,20 +68,17 @@ def run(
     text = read_prompt(prompt, file, model, spec)
     _check_folder(save)
     from kvpolicy.lab.running import Request, run_policy
-    from kvpolicy.lab.running import compare_dense as agreement
     from kvpolicy.models import load_model
     from kvpolicy.patching import applied
 
-    request = Request(text, new_tokens, compile, chat, temperature, seed)
+    request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense)
     with busy(f"loading {model}"):
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
     output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device)))}[/]")
-    outcome = run_policy(loaded, tokenizer, model, policy, request, write=_writer(json))
-    if not json:
-        print()
-    if compare_dense and outcome.token_ids:
-        with busy("asking the full cache"):
-            outcome.agreement = agreement(loaded, tokenizer, request, outcome)
+    write = _writer(json)
+    with asked_to_stop() as stop:
+        outcome = run_policy(loaded, tokenizer, model, policy, request, write=write, stop=stop)
+    write("\n")
     if save is not None:
         with applied(loaded, policy):
             loaded.save_pretrained(save)
@@ -79,8 +88,11 @@ def run(
         output.json_object(outcome.to_dict())
     else:
         show(outcome)
-    if outcome.interrupted:
+    warn(outcome)
+    if outcome.ended == "interrupted":
         raise typer.Exit(130)
+    if must_evict and (not outcome.evicted or outcome.resident_peak > outcome.resident_bound):
+        raise typer.Exit(1)
 
 
 def read_prompt(prompt: str | None, file: Path | None, model: str, spec: str) -> str:
@@ -137,13 +149,30 @@ def _check_folder(save: Path | None) -> None:
 
 def introduction(policy: Policy, model: str, request: Request, device: str) -> str:
     """What is about to run, and whether it is compiled and why."""
-    if request.compile is None and device.startswith("cuda"):
-        why = "compiled, as on every GPU (--no-compile runs eagerly)"
-    elif request.compile is None:
-        why = "not compiled: on a CPU it costs half a minute and gains little (--compile forces it)"
-    else:
-        why = "compiled, as asked" if request.compile else "not compiled, as asked"
-    return f"{policy.name} under {model} on {device}, {why}"
+    compiled, why = request.compiles(device)
+    how = f"compiled ({why}), so the first steps take a while" if compiled else f"not compiled ({why})"
+    return f"{policy.name} under {model} on {device}, {how}"
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; a second one interrupts at once. Only a main thread can listen."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def press(number: int, frame: object) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+        output.note("\n[dim]stopping after this token; Ctrl-C again to leave at once[/]")
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -170,33 +199,68 @@ def _writer(json: bool) -> Any:
 
 def show(outcome: Outcome) -> None:
     """The account, as a table and a few lines."""
+    output.data("")
     rows = [
-        [escape(name), str(pool["resident"]), str(pool["evicted"]), str(pool["peak"]), str(pool["bound"])]
+        [
+            escape(name),
+            *(f"{pool[key]:,}" for key in ("kept", "bound", "peak", "slots")),
+            f"{pool['evicted']:,}" + (f" ({pool['evicted_per_head']:,.0f} a head)" if pool["evicted"] else ""),
+        ]
         for name, pool in outcome.pools.items()
     ]
-    output.data("")
-    output.table(["pool", "kept", "evicted, all heads", "peak", "bound"], rows)
-    share = outcome.cache_bytes / outcome.dense_cache_bytes if outcome.dense_cache_bytes else 1.0
+    output.table(["pool", "kept", "bound", "peak", "slots", "evicted"], rows)
+    output.data(
+        "[dim]tokens per layer and KV head, the most of any: kept and bound after an update, peak at any time[/]\n"
+    )
+    for name, text in account(outcome):
+        output.data(f"{name:<12} {escape(text)}")
+
+
+def account(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    """The lines below the table: (what, how much of it)."""
+    ended = {"text": "the text ended there", "length": "as many as asked for", "interrupted": "interrupted"}
+    asked = "" if outcome.ended == "length" else f" of {outcome.max_new_tokens:,}"
+    yield "tokens", f"{outcome.prompt_tokens:,} prompt, {outcome.new_tokens:,}{asked} new ({ended[outcome.ended]})"
     planned = "as planned" if outcome.cache_bytes == outcome.planned_cache_bytes else "NOT as planned"
-    output.data(f"tokens       {outcome.prompt_tokens} prompt, {outcome.new_tokens} new")
-    output.data(
-        f"cache        {mib(outcome.cache_bytes)}, {planned}; the full cache takes {mib(outcome.dense_cache_bytes)} "
-        f"({share:.0%})"
+    saved = 1 - outcome.cache_bytes / max(1, outcome.dense_cache_bytes)
+    share = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+    yield (
+        "cache",
+        f"{mib(outcome.cache_bytes)}, {planned}; the full cache takes {mib(outcome.dense_cache_bytes)}: {share}",
     )
-    output.data(
-        f"resident     at most {outcome.resident_peak} tokens per layer and KV head while a step ran, "
-        f"{outcome.resident_bound} allowed after an update"
+    kept = f"at most {outcome.resident_peak:,} tokens after an update (bound {outcome.resident_bound:,})"
+    yield "resident", f"{kept}, {outcome.held_peak:,} during a step ({outcome.slots:,} slots)"
+    if len(outcome.residents) > 1:
+        yield "over time", f"{strip([tokens for _, tokens in outcome.residents])}"
+    yield "speed", f"{outcome.tokens_per_second:.1f} tokens/s, after {outcome.prompt_seconds:.1f} s for the prompt"
+    if outcome.compile:
+        done = f"{outcome.graphs} graphs, {outcome.graph_breaks} graph breaks, {outcome.recompiles} recompiles"
+        yield "compiled", f"{outcome.compile_reason}: {done}, in {outcome.compile_seconds:.0f} s"
+    else:
+        yield "compiled", f"no: {outcome.compile_reason}"
+    if outcome.agreement is not None and outcome.agreement["tokens"]:
+        yield "full cache", agreement_words(outcome.agreement)
+
+
+def agreement_words(agreement: dict[str, Any]) -> str:
+    """How the full cache would have gone on at every token of the text."""
+    first = agreement["first_divergence"]
+    where = "never parts from it" if first is None else f"parts from it first at token {first + 1:,}"
+    return (
+        f"on the same text it puts the same token first at {agreement['top1']:.1%} of the steps; the policy {where}; "
+        f"mean KL {agreement['mean_kl']:.4f} nats, largest {agreement['max_kl']:.3f}"
     )
-    output.data(f"speed        {outcome.tokens_per_second:.1f} tokens/s after {outcome.prompt_seconds:.1f} s of prompt")
-    steps = f"{outcome.graphs} graphs, {outcome.graph_breaks} breaks, {outcome.recompiles} recompiles"
-    output.data(f"compiled     {steps if outcome.compile else 'no'}")
-    if outcome.agreement is not None:
-        output.data(
-            f"full cache   would have chosen {outcome.agreement['top1']:.1%} of these tokens first; "
-            f"mean log probability {outcome.agreement['mean_log_probability']:.3f}"
-        )
-    if outcome.evicted == 0 and outcome.policy != "dense":
-        output.note(
-            "[yellow]nothing was evicted: at these lengths the policy is the full cache; lower its budget with --set, "
-            "or write more with --max-new-tokens[/]"
-        )
+
+
+def warn(outcome: Outcome) -> None:
+    """Say loudly that nothing was evicted, also where remarks are off: the run then says nothing about the policy."""
+    if outcome.evicted or not outcome.can_evict:
+        return
+    numbers = " ".join(f"{name}={value}" for name, value in outcome.params.items())
+    smaller = f"smaller numbers with --set (here {numbers}), " if numbers else ""
+    output.stderr().print(
+        f"[bold yellow]NOTHING WAS EVICTED:[/] {outcome.prompt_tokens + outcome.new_tokens:,} tokens stay within every "
+        f"budget of {escape(outcome.policy)}, so this was the full cache. Try {escape(smaller)}a longer prompt or a "
+        "larger --max-new-tokens.",
+        soft_wrap=True,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from kvpolicy.cli.timeline import PoolTimeline
 from kvpolicy.plan import LayerPlan, PoolPlan
@@ -61,11 +62,9 @@ def bar(value: int, most: int, width: int = 40) -> str:
 
 
 def strip(values: Sequence[int], cells: int = 40) -> str:
-    """A sparkline: the largest of each stretch, from ▁ to █ of the largest of all."""
+    """A sparkline from 0 to the largest value; a cell stands for the largest of its stretch."""
     marks = "▁▂▃▄▅▆▇█"
-    most = max(values, default=0) or 1
-    stretches = [
-        values[len(values) * i // cells : max(len(values) * i // cells + 1, len(values) * (i + 1) // cells)]
-        for i in range(min(cells, len(values)))
-    ]
-    return "".join(marks[min(7, max(stretch) * 8 // (most + 1))] for stretch in stretches)
+    cells, most = min(cells, len(values)), max(values, default=0) or 1
+    edges = [len(values) * cell // cells for cell in range(cells + 1)] if cells else [0]
+    stretches = [values[begin:end] for begin, end in pairwise(edges)]
+    return "".join(marks[-(-7 * max(stretch) // most)] for stretch in stretches)

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,60 +15,85 @@ import torch
 import transformers
 from torch import Tensor
 
+import kvpolicy
 from kvpolicy.errors import ModelError, UsageError
+from kvpolicy.lab.fidelity import Referee
+from kvpolicy.lab.watching import StopWhen, Watch, Write
 from kvpolicy.language import Policy
-from kvpolicy.patching import applied, compile_report
+from kvpolicy.patching import applied, cache_for, compile_report
 from kvpolicy.plan import ModelGeometry, Plan, make_plan
-
-Write = Callable[[str], None]
-
-
-@dataclass
-class Outcome:
-    """What one run gave. Bytes are of the cache; ``resident_peak`` and ``resident_bound`` are tokens per layer, row and
-    KV head; ``tokens_per_second`` leaves the prompt and the compilation of the steps out."""
-
-    policy: str
-    digest: str
-    model: str
-    prompt_tokens: int
-    new_tokens: int
-    text: str
-    token_ids: list[int]
-    evicted: int
-    resident_peak: int
-    resident_bound: int
-    cache_bytes: int
-    planned_cache_bytes: int
-    dense_cache_bytes: int
-    tokens_per_second: float
-    prompt_seconds: float
-    compile: bool
-    graphs: int
-    graph_breaks: int
-    recompiles: int
-    interrupted: bool
-    pools: dict[str, dict[str, int]]
-    seed: int
-    dtype: str
-    device: str
-    agreement: dict[str, float] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from kvpolicy.runtime import PolicyCache
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. ``compile`` None: on CUDA only. ``temperature`` 0: greedy."""
+    """What to run. ``compile`` None: on CUDA only. ``temperature`` 0: greedy. ``top_p`` needs a temperature."""
 
     prompt: str
     max_new_tokens: int = 256
     compile: bool | None = None
     chat: bool | None = None
     temperature: float = 0.0
+    top_p: float | None = None
     seed: int = 0
+    compare_dense: bool = False
+
+    def compiles(self, device: str) -> tuple[bool, str]:
+        """Whether steps are compiled on this device, and why."""
+        if self.compile is not None:
+            return self.compile, "as asked"
+        if device.startswith("cuda"):
+            return True, "as on every GPU; --no-compile runs eagerly"
+        return False, "on a CPU it costs half a minute and gains little; --compile forces it"
+
+
+@dataclass
+class Outcome:
+    """What one run gave.
+
+    Tokens are the most of any layer, row and KV head: ``resident_peak`` after an update, where the plan allows
+    ``resident_bound``; ``held_peak`` in the middle of a step, where there are ``slots``. ``evicted`` is summed over all
+    layers and KV heads. ``residents`` are (t, tokens) after updates. ``tokens_per_second`` leaves the prompt and the
+    compilation of steps out. ``ended`` is "text", "length" or "interrupted".
+    """
+
+    policy: str
+    digest: str
+    params: dict[str, str]
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    max_new_tokens: int
+    text: str
+    token_ids: list[int]
+    ended: str
+    evicted: int
+    can_evict: bool
+    resident_peak: int
+    resident_bound: int
+    held_peak: int
+    slots: int
+    cache_bytes: int
+    planned_cache_bytes: int
+    dense_cache_bytes: int
+    tokens_per_second: float
+    prompt_seconds: float
+    compile_seconds: float
+    compile: bool
+    compile_reason: str
+    graphs: int
+    graph_breaks: int
+    recompiles: int
+    pools: dict[str, dict[str, Any]]
+    residents: list[tuple[int, int]]
+    seed: int
+    dtype: str
+    device: str
+    agreement: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def encode(tokenizer: Any, request: Request) -> Tensor:
@@ -92,65 +117,79 @@ def encode(tokenizer: Any, request: Request) -> Tensor:
 
 
 def run_policy(
-    model: Any, tokenizer: Any, name: str, policy: Policy, request: Request, write: Write = lambda text: None
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    policy: Policy,
+    request: Request,
+    *,
+    write: Write = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Generate under a policy and account for it. The model is as before afterwards.
 
     Args:
         name: what the model is called in the outcome.
         write: gets the text piece by piece.
+        stop: asked after every token; True ends the text there.
 
     Raises:
         UsageError, ModelError: the run cannot be made; nothing was generated.
     """
     ids = encode(tokenizer, request).to(model.device)
     plan = plan_for(model, policy, ids.shape[1], request.max_new_tokens)
+    compiled, reason = request.compiles(str(model.device))
+    options = sampling(request, tokenizer)
     torch.manual_seed(request.seed)
-    streamer = Pieces(tokenizer, write)
-    timer = Timer(streamer)
-    interrupted = False
-    with applied(model, policy, compile=request.compile):
-        from kvpolicy.patching import cache_for
-
+    with applied(model, policy, compile=compiled):
         cache = cache_for(model, prompt=ids.shape[1], max_new_tokens=request.max_new_tokens)
-        compiled = model.device.type == "cuda" if request.compile is None else request.compile
-        try:
+        referee = Referee(model, ids) if request.compare_dense else None
+        with referee or nullcontext():
+            watch = Watch(
+                tokenizer,
+                write,
+                cache=cache,
+                graphs=lambda: compile_report(model).graphs,
+                each=referee.token if referee else None,
+            )
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 past_key_values=cache,
                 max_new_tokens=request.max_new_tokens,
-                streamer=timer,
-                **sampling(request, tokenizer),
+                streamer=watch,
+                stopping_criteria=[StopWhen(stop)],
+                **options,
             )
-        except KeyboardInterrupt:
-            interrupted = True
+        watch.residents.note(last=True)
+        agreement = referee.verdict() if referee else None
         report = compile_report(model)
-    stats = cache.stats()
+    ended = "interrupted" if stop() else "length" if len(watch.tokens) >= request.max_new_tokens else "text"
     return Outcome(
         policy=policy.name,
         digest=policy.digest,
+        params={name: param.value.text for name, param in policy.params.items()},
         model=name,
-        prompt_tokens=ids.shape[1],
-        new_tokens=len(timer.tokens),
-        text=streamer.text,
-        token_ids=timer.tokens,
-        evicted=stats["evicted"],
-        resident_peak=stats["resident_peak"],
-        resident_bound=plan.resident_bound,
-        cache_bytes=cache.bytes,
-        planned_cache_bytes=plan.bytes,
-        dense_cache_bytes=plan.dense_bytes,
-        tokens_per_second=timer.rate(skip=8 if compiled else 1),
-        prompt_seconds=timer.prompt_seconds,
-        compile=bool(compiled),
+        new_tokens=len(watch.tokens),
+        text=tokenizer.decode(watch.tokens, skip_special_tokens=True),
+        token_ids=watch.tokens,
+        ended=ended,
+        can_evict=any(pool.evicts for layer in plan.layers for pool in layer.pools),
+        resident_peak=watch.residents.peak,
+        residents=watch.residents.after,
+        tokens_per_second=watch.tokens_per_second,
+        prompt_seconds=watch.prompt_seconds,
+        compile_seconds=watch.compile_seconds,
+        compile=compiled,
+        compile_reason=reason,
         **vars(report),
-        interrupted=interrupted,
-        pools=stats["pools"],
+        **counts(plan, cache, watch.residents.pools()),
         seed=request.seed,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
+        agreement=agreement,
         versions={
+            "kvpolicy": kvpolicy.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -158,8 +197,46 @@ def run_policy(
     )
 
 
+def counts(plan: Plan, cache: PolicyCache, kept: dict[str, int]) -> dict[str, Any]:
+    """What the plan announced beside what the cache's tensors say, as fields of an Outcome."""
+    stats = cache.stats()
+    heads = len(plan.layers) * plan.geometry.kv_heads * plan.batch
+    slots: dict[str, int] = {}
+    for pool in (pool for layer in plan.layers for pool in layer.pools):
+        slots[pool.name] = max(slots.get(pool.name, 0), pool.capacity)
+    pools = {
+        name: {
+            "kept": kept[name],
+            "bound": pool["bound"],
+            "peak": pool["peak"],
+            "slots": slots[name],
+            "seen": pool["seen"],
+            "evicted": pool["evicted"],
+            "evicted_per_head": pool["evicted"] / heads,
+        }
+        for name, pool in stats["pools"].items()
+    }
+    return {
+        "prompt_tokens": plan.prompt[1],
+        "max_new_tokens": plan.max_new_tokens,
+        "evicted": stats["evicted"],
+        "held_peak": stats["resident_peak"],
+        "resident_bound": plan.resident_bound,
+        "slots": max(layer.slots for layer in plan.layers),
+        "cache_bytes": cache.bytes,
+        "planned_cache_bytes": plan.bytes,
+        "dense_cache_bytes": plan.dense_bytes,
+        "pools": pools,
+    }
+
+
 def plan_for(model: Any, policy: Policy, prompt: int, max_new_tokens: int) -> Plan:
-    """The plan of a single row, made before anything is changed or generated."""
+    """The plan of a single row, made before anything is changed or generated.
+
+    Raises:
+        ModelError: the text would be longer than the model knows positions.
+        UsageError: the policy cannot hold these lengths.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt + max_new_tokens > limit:
         raise ModelError(
@@ -171,82 +248,18 @@ def plan_for(model: Any, policy: Policy, prompt: int, max_new_tokens: int) -> Pl
 
 
 def sampling(request: Request, tokenizer: Any) -> dict[str, Any]:
-    """The keywords of ``generate`` that say how tokens are chosen."""
+    """The keywords of ``generate`` that say how tokens are chosen.
+
+    Raises:
+        UsageError: top_p without a temperature, which greedy decoding would ignore.
+    """
     options: dict[str, Any] = {"do_sample": request.temperature > 0}
     if request.temperature > 0:
         options["temperature"] = request.temperature
+    if request.top_p is not None:
+        if not request.temperature > 0:
+            raise UsageError("--top-p only means something when sampling; add --temperature 1")
+        options["top_p"] = request.top_p
     if getattr(tokenizer, "pad_token_id", None) is not None:
         options["pad_token_id"] = tokenizer.pad_token_id
     return options
-
-
-@torch.no_grad()
-def compare_dense(model: Any, tokenizer: Any, request: Request, outcome: Outcome) -> dict[str, float]:
-    """How the full cache would have continued, given the very tokens that the policy wrote (teacher forcing).
-
-    Returns ``top1``, the share of the new tokens that are the full cache's own first choice, and
-    ``mean_log_probability`` of them under the full cache (natural logarithm). Greedy under ``dense``, top1 is 1.
-    """
-    ids = encode(tokenizer, request).to(model.device)
-    new = torch.tensor([outcome.token_ids], device=model.device)
-    logits = (
-        model(torch.cat([ids, new], dim=1), use_cache=False, logits_to_keep=new.shape[1] + 1).logits[0, :-1].float()
-    )
-    chosen = new[0]
-    log_probabilities = logits.log_softmax(-1).gather(-1, chosen[:, None])
-    return {
-        "top1": float((logits.argmax(-1) == chosen).float().mean()),
-        "mean_log_probability": float(log_probabilities.mean()),
-    }
-
-
-class Timer:
-    """A streamer that notes when each token came, and hands it on. The first thing it is put is the prompt."""
-
-    def __init__(self, then: Pieces) -> None:
-        self.then = then
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self.tokens: list[int] = []
-        self.seen_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        if not self.seen_prompt:
-            self.seen_prompt = True
-            return
-        self.times.append(time.perf_counter())
-        self.tokens.extend(value.flatten().tolist())
-        self.then.add(self.tokens)
-
-    def end(self) -> None:
-        self.then.finish(self.tokens)
-
-    @property
-    def prompt_seconds(self) -> float:
-        """Until the first token."""
-        return self.times[0] - self.started if self.times else 0.0
-
-    def rate(self, skip: int) -> float:
-        """Tokens per second after the first ``skip``, which may have waited for a compiler."""
-        times = self.times[min(skip, max(0, len(self.times) - 2)) :]
-        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0.0
-
-
-class Pieces:
-    """Text of the tokens so far, written piece by piece; a word is held back until it is certain."""
-
-    def __init__(self, tokenizer: Any, write: Write) -> None:
-        self.tokenizer, self.write = tokenizer, write
-        self.text = ""
-
-    def add(self, tokens: list[int]) -> None:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        certain = text.rfind(" ") + 1 if not text.endswith("\n") else len(text)
-        if certain > len(self.text) and text.startswith(self.text):
-            self.write(text[len(self.text) : certain])
-            self.text = text[:certain]
-
-    def finish(self, tokens: list[int]) -> None:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        self.write(text[len(self.text) :])
-        self.text = text
