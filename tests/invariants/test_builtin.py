@@ -109,6 +109,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_five_thousand_compiled_steps(name: str, tiny: tuple[Any, Any], patched: Any) -> None:
     """One plain graph and one update graph, no break, no recompile, nothing grows, and the tokens are eager's."""
