@@ -119,9 +119,9 @@ def finite(logits: Tensor) -> Tensor:
 class NewestQuery(Sight):
     """One query a row: ``query`` [B, K, G, D]; its masked logits and probabilities [B, K, G, S] over all slots."""
 
-    query: Tensor | None = None
-    all_logits: Tensor | None = None
-    probabilities: Tensor | None = None
+    query: Tensor = None  # type: ignore[assignment]
+    all_logits: Tensor = None  # type: ignore[assignment]
+    probabilities: Tensor = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, state: Any, query: Tensor, visible: Tensor, scaling: float) -> NewestQuery:
@@ -156,8 +156,8 @@ class NewestQuery(Sight):
 class EveryQuery(Sight):
     """All queries of a prompt pass, summed: ``query`` [B, Q, N, D] at ``query_position`` [B, N] (-1 for padding)."""
 
-    query: Tensor | None = None
-    query_position: Tensor | None = None
+    query: Tensor = None  # type: ignore[assignment]
+    query_position: Tensor = None  # type: ignore[assignment]
 
     def _sum(self, reduce: Callable[[Tensor], Tensor], keys: Tensor, position: Tensor) -> Tensor:
         return column_sums(self.query, keys, self.query_position, position, self.scaling, reduce)
