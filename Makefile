@@ -6,8 +6,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := $(VENV)/bin/python -m pytest
 APPLY := $(VENV)/bin/kvpolicy apply
 # 615 prompt tokens with the chat template, and enough new ones that both policies of the demo evict. Sampled, because a
-# model this small soon repeats itself when it is greedy, under the full cache too.
-STORY := -f kvpolicy/models/prompts/demo.txt --max-new-tokens 256 --temperature 0.7
+# model this small soon repeats itself when it is greedy, under the full cache too. The demo fails where nothing is evicted.
+STORY := -f kvpolicy/models/prompts/demo.txt --max-new-tokens 256 --temperature 0.7 --must-evict
 WORKERS ?= 2
 
 # Two workers with one thread each beat one worker with two, and keep the order of float sums the same everywhere.
@@ -20,7 +20,11 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## watch RaaS and SCOPE keep a real model's cache inside a budget
+	@echo "A real model of 135M parameters reads a story of 615 tokens and answers a question, first under RaaS, then under SCOPE."
+	@echo "Each keeps its cache inside a budget that the text exceeds; the table after each text says what was kept and what left."
+	@echo
 	$(APPLY) raas builtin:smollm2 $(STORY) --set budget=704
+	@echo
 	$(APPLY) scope-discontinuous builtin:smollm2 $(STORY) --set alpha=512 --set beta1=64 --set beta2=64
 
 test: $(VENV)/.dev ## everything that CI runs; fetches SmolLM2 (98 MB) once
