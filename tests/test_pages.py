@@ -2,13 +2,13 @@
 
 import pytest
 
-from kvpolicy.lab.pages import PART, PARTS, pages, refreshed
+from kvpolicy.cli.pages import PART, PARTS, pages, refreshed
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_generated_parts_are_current(page):
     text = page.read_text(encoding="utf-8")
-    assert refreshed(text) == text, "stale: run python -m kvpolicy.lab.pages"
+    assert refreshed(text) == text, "stale: run python -m kvpolicy.cli.pages"
 
 
 def test_every_part_is_in_some_page():

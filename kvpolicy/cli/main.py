@@ -41,7 +41,7 @@ class _Verbs(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in VERBS:
             raise KeyError(name)
-        return _build(name)
+        return command_of(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(VERBS)
@@ -51,7 +51,8 @@ class _Verbs(Mapping[str, Any]):
 
 
 @cache
-def _build(verb: str) -> Any:
+def command_of(verb: str) -> Any:
+    """The command of a verb, as typer builds it."""
     module = import_module(f"kvpolicy.cli.{verb}")
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(verb, epilog=module.EPILOG, context_settings=_SETTINGS)(with_display_options(module.run))

@@ -44,7 +44,7 @@ class Request:
             return self.compile, "as asked"
         if device.startswith("cuda"):
             return True, "as on every GPU; --no-compile runs eagerly"
-        return False, "on a CPU it costs half a minute and gains little; --compile forces it"
+        return False, "on a CPU that takes half a minute, more than a short text gains; --compile forces it"
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The generated parts of the pages: tables of what is installed, and the language's reference.
 
-``python -m kvpolicy.lab.pages`` writes them anew between their marks; a test fails where a page is stale.
+``python -m kvpolicy.cli.pages`` writes them anew between their marks; a test fails where a page is stale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvpolicy.architecture import architectures
+from kvpolicy.cli.reference import render_verbs
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.reference import render_reference
 
@@ -41,6 +42,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "architectures": families,
     "language": lambda: render_reference().strip(),
+    "verbs": render_verbs,
 }
 
 
