@@ -82,7 +82,7 @@ class OracleAlone:
                 [row[layer][:, span] for row, span in zip(rows, now.rows, strict=True)]
                 for rows in (said.queries, said.keys, said.values)
             )
-            steps += self.oracle.step(layer, *given, kind=now.kind, more=now.more)
+            steps += self.oracle.step(layer, *given, kind=now.kind, more=now.more, scaling=said.scaling)
         return steps
 
 
@@ -114,4 +114,4 @@ class RuntimeBeside:
             (padded(said.queries, layer), padded(said.keys, layer), padded(said.values, layer))
             for layer in range(said.geometry.layers)
         ]
-        return self.beside.feed(layers, valid, kind=now.kind, more=now.more)
+        return self.beside.feed(layers, valid, kind=now.kind, more=now.more, scaling=said.scaling)

@@ -33,7 +33,8 @@ class Attention:
     """What the rows of a batch say, one item a row.
 
     queries [L, Q, T, D], keys [L, K, T, D] and values [L, K, T, D] of L layers, float32, in order of position: a row's
-    prompt, then ``steps`` generated tokens. Scaled by D ** -0.5, queries times keys are the wanted logits.
+    prompt, then ``steps`` generated tokens. Times ``scale``, queries times keys are the wanted logits.
+    ``scaling`` is what a recorded model multiplies them with; None is D ** -0.5.
     """
 
     prompts: tuple[int, ...]
@@ -41,6 +42,12 @@ class Attention:
     queries: tuple[Array, ...]
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
+    scaling: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return self.geometry.head_dim**-0.5 if self.scaling is None else self.scaling
 
     @property
     def rows(self) -> int:
