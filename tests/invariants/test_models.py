@@ -14,9 +14,9 @@ FAMILIES = sorted(architectures())
 STEPS = 40
 
 
-def next_tokens(rows: int, seed: int = 9) -> torch.Tensor:
-    """Tokens to generate by teacher forcing [STEPS, rows, 1]."""
-    return torch.randint(2, 97, (STEPS, rows, 1), generator=torch.Generator().manual_seed(seed))
+def next_tokens(rows: int, seed: int = 9, steps: int = STEPS) -> torch.Tensor:
+    """Tokens to generate by teacher forcing [steps, rows, 1]."""
+    return torch.randint(2, 97, (steps, rows, 1), generator=torch.Generator().manual_seed(seed))
 
 
 def run(model, cache, ids, mask, tokens):
@@ -133,8 +133,9 @@ def test_the_smallest_sizes_work(name, shape):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_shorter_than_every_window(name):
     model = kvpolicy.apply(random_model(), tight(name))
-    live = LiveAgreement(model, prompt=2, max_new_tokens=STEPS)
+    steps = 2 * STEPS  # with almost no prompt the generated tokens alone must fill every budget
+    live = LiveAgreement(model, prompt=2, max_new_tokens=steps)
     live.feed(torch.tensor([[5, 6]]))
-    for new in next_tokens(1):
+    for new in next_tokens(1, steps=steps):
         live.feed(new)
     assert name not in TIGHT or live.cache.stats()["evicted"] > 0
