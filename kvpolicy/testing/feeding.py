@@ -41,8 +41,8 @@ class Feed(Protocol):
 
 def plan_for(policy: Policy, said: Attention) -> Plan:
     """The plan of a policy for exactly this text; raises as ``make_plan`` does."""
-    prompts = min(said.prompts), max(said.prompts)
-    return make_plan(policy, said.geometry, batch=said.rows, prompt=prompts, max_new_tokens=said.steps)
+    prompts, turns = (min(said.prompt_totals), max(said.prompt_totals)), 1 + len(said.turns)
+    return make_plan(policy, said.geometry, batch=said.rows, prompt=prompts, max_new_tokens=said.steps, turns=turns)
 
 
 def watch(feed: Feed, said: Attention) -> Iterator[Seen]:
@@ -54,15 +54,22 @@ def watch(feed: Feed, said: Attention) -> Iterator[Seen]:
 
 
 def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:
-    """The prompt, in chunks of so many columns of a left-padded batch, and then one token a row at a time."""
-    longest = max(said.prompts)
-    stride = chunk or max(1, longest)
-    for start in range(0, longest, stride):
-        stop = min(start + stride, longest)
-        rows = (slice(max(0, start - longest + prompt), max(0, stop - longest + prompt)) for prompt in said.prompts)
-        yield Pass("prompt", tuple(rows), more=stop < longest)
-    for step in range(said.steps):
-        yield Pass("generated", tuple(slice(prompt + step, prompt + step + 1) for prompt in said.prompts))
+    """The prompt, in chunks of so many columns of a left-padded batch (None: as the text has it), and then one token a
+    row at a time, up to the next turn's prompt."""
+    said_so_far = [0] * said.rows
+    pauses = [*(turn.after for turn in said.turns), said.steps - sum(turn.after for turn in said.turns)]
+    for prompts, steps in zip([said.prompts, *(turn.rows(said.rows) for turn in said.turns)], pauses, strict=True):
+        longest = max(prompts)
+        stride = chunk or said.chunk or max(1, longest)
+        for start in range(0, longest, stride):
+            stop = min(start + stride, longest)
+            spans = [(max(0, start - longest + prompt), max(0, stop - longest + prompt)) for prompt in prompts]
+            rows = (slice(at + a, at + b) for at, (a, b) in zip(said_so_far, spans, strict=True))
+            yield Pass("prompt", tuple(rows), more=stop < longest)
+        said_so_far = [at + prompt for at, prompt in zip(said_so_far, prompts, strict=True)]
+        for step in range(steps):
+            yield Pass("generated", tuple(slice(at + step, at + step + 1) for at in said_so_far))
+        said_so_far = [at + steps for at in said_so_far]
 
 
 class OracleAlone:
@@ -87,12 +94,17 @@ class OracleAlone:
 
 
 class RuntimeBeside:
-    """The runtime, compared with the oracle after every pass (imports torch)."""
+    """The runtime, compared with the oracle after every pass (imports torch); ``compiled``: its generated passes are."""
 
-    def __init__(self, plan: Plan) -> None:
-        from kvpolicy.testing.beside import Beside
+    def __init__(self, plan: Plan, *, compiled: bool = False) -> None:
+        from kvpolicy.testing.beside import Beside, Run, run_layer
 
-        self.plan, self.beside = plan, Beside(plan)
+        generated: Run = run_layer
+        if compiled:
+            from kvpolicy.testing.compiled import CompiledRun
+
+            generated = CompiledRun()
+        self.plan, self.beside = plan, Beside(plan, generated=generated)
 
     @property
     def near_ties(self) -> int:

@@ -112,11 +112,14 @@ def run_tests(policy: Policy, *, runtime: bool = False) -> list[Outcome]:
     return [run_test(policy, number, runtime=runtime) for number in range(len(policy.tests))]
 
 
-def run_test(policy: Policy, number: int, *, runtime: bool = False, first: bool = False) -> Outcome:
+def run_test(
+    policy: Policy, number: int, *, runtime: bool = False, compiled: bool = False, first: bool = False
+) -> Outcome:
     """Run test ``number`` of a policy.
 
     Args:
         runtime: through the runtime too (which imports torch).
+        compiled: through the runtime, its generated passes compiled (seconds).
         first: stop at the first failure; otherwise every claim is followed to its own.
 
     Raises:
@@ -125,7 +128,7 @@ def run_test(policy: Policy, number: int, *, runtime: bool = False, first: bool 
         Disagreement: the runtime does not keep what the oracle keeps.
     """
     case = Case.read(policy, number)
-    feed: Feed = RuntimeBeside(case.plan) if runtime else OracleAlone(case.plan)
+    feed: Feed = RuntimeBeside(case.plan, compiled=compiled) if runtime or compiled else OracleAlone(case.plan)
     failures: dict[int, Failure] = {}
     evicted = 0
     for seen in watch(feed, case.said):
