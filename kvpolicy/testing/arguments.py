@@ -12,6 +12,7 @@ from kvpolicy.language.base import Complaint
 from kvpolicy.language.nodes import shown
 from kvpolicy.language.vocabulary import nearest
 from kvpolicy.testing.tokens import numbers, whole
+from kvpolicy.testing.turns import read_turns
 
 Reader = Callable[[Any], Any]
 
@@ -29,7 +30,7 @@ def real(value: Any) -> float:
     return float(value)
 
 
-READERS: Mapping[str, Reader] = {"int": whole, "float": real, "Numbers": numbers}
+READERS: Mapping[str, Reader] = {"int": whole, "float": real, "Numbers": numbers, "Turns": read_turns}
 """By annotation."""
 
 

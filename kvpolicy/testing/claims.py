@@ -100,6 +100,8 @@ class Keeps(Claim):
             raise Complaint("`window` and `of` need each other", "as in `{keeps: window, of: 8}`", ("tokens",))
         if self.of == 0:
             raise Complaint("a window of no tokens", path=("of",))
+        if plan.turns > 1 and isinstance(self.tokens, str):
+            raise Complaint(f"`{self.tokens}` is not followed over later turns", "name positions", ("tokens",))
         if self.tokens == "prompt" and not plan.prompt[0]:
             raise Complaint("there is no prompt", "the attention's `prompt` says how long it is", ("tokens",))
         first = self.tokens[-1] if isinstance(self.tokens, tuple) else plan.prompt[1] - 1

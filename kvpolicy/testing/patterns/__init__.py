@@ -21,6 +21,7 @@ from kvpolicy.testing.arguments import READERS, Numbers, known, read_arguments, 
 from kvpolicy.testing.patterns.generators import PATTERNS
 from kvpolicy.testing.patterns.scene import Array, Scene, room
 from kvpolicy.testing.tokens import read_tokens
+from kvpolicy.testing.turns import Turn, Turns, check_turns
 
 __all__ = ["PATTERNS", "Attention", "Scene", "synthesize"]
 
@@ -33,7 +34,8 @@ class Attention:
     """What the rows of a batch say, one item a row.
 
     queries [L, Q, T, D], keys [L, K, T, D] and values [L, K, T, D] of L layers, float32, in order of position: a row's
-    prompt, then ``steps`` generated tokens. Times ``scale``, queries times keys are the wanted logits.
+    prompt, then ``steps`` generated tokens, interrupted by later ``turns``. Prompts come in passes of at most ``chunk``
+    columns (0: each in one). Times ``scale``, queries times keys are the wanted logits.
     ``scaling`` is what a recorded model multiplies them with; None is D ** -0.5.
     """
 
@@ -43,6 +45,8 @@ class Attention:
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     scaling: float | None = None
+    turns: tuple[Turn, ...] = ()
+    chunk: int = 0
 
     @property
     def scale(self) -> float:
@@ -56,7 +60,13 @@ class Attention:
     @property
     def length(self) -> int:
         """Tokens of the shortest row."""
-        return min(self.prompts) + self.steps
+        return min(self.prompt_totals) + self.steps
+
+    @property
+    def prompt_totals(self) -> tuple[int, ...]:
+        """Prompt tokens by row, over all turns."""
+        brought = [self.prompts, *(turn.rows(self.rows) for turn in self.turns)]
+        return tuple(sum(tokens) for tokens in zip(*brought, strict=True))
 
     @property
     def geometry(self) -> ModelGeometry:
@@ -79,6 +89,8 @@ class Shape:
     seed: int = 0
     noise: float = 0.25
     seen_by: Numbers = ()
+    turns: Turns = ()
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "kv_heads", "rows"):
@@ -95,11 +107,18 @@ class Shape:
             raise Complaint(f"query heads are 0..{self.heads - 1}", path=("seen_by",))
         if self.layers * self.heads * (max(self.prompts) + self.steps) > MOST // 16:
             raise Complaint("more text than a test can hold", "use fewer `steps`", ("steps",))
+        check_turns(self.turns, len(self.prompts), self.steps)
 
     @property
     def prompts(self) -> tuple[int, ...]:
         """Prompt tokens by row."""
         return self.prompt if len(self.prompt) > 1 else self.prompt * self.rows
+
+    @property
+    def later(self) -> tuple[int, ...]:
+        """Prompt tokens by row that later turns bring."""
+        rows = len(self.prompts)
+        return tuple(sum(turn.rows(rows)[row] for turn in self.turns) for row in range(rows))
 
     @property
     def sees(self) -> list[bool]:
@@ -108,7 +127,9 @@ class Shape:
 
     def scene(self, row: int, layer: int) -> Scene:
         """An empty scene with random numbers of its own."""
-        return Scene(self.prompts[row], self.steps, np.random.default_rng([self.seed, row, layer]), self.noise)
+        return Scene(
+            self.prompts[row], self.later[row] + self.steps, np.random.default_rng([self.seed, row, layer]), self.noise
+        )
 
 
 def synthesize(arguments: Mapping[str, Any]) -> Attention:
@@ -118,7 +139,8 @@ def synthesize(arguments: Mapping[str, Any]) -> Attention:
         arguments: ``pattern``, its own arguments (those of its function), and any of ``prompt`` (16 tokens, or a list:
             one number a row), ``steps`` (64 generated tokens), ``layers`` (2), ``heads`` (4 query heads), ``kv_heads``
             (2), ``head_dim`` (enough), ``rows`` (1), ``seed`` (0), ``noise`` (0.25: the standard deviation of what is
-            added to each logit), ``seen_by`` (the query heads that see the pattern; all).
+            added to each logit), ``seen_by`` (the query heads that see the pattern; all), ``turns`` (later prompts,
+            see ``turns.py``; none), ``chunk`` (prompts come in passes of at most so many columns; 0: each in one).
 
     Raises:
         Complaint: an argument that is unknown, missing, or makes no sense; its path names it.
@@ -129,7 +151,7 @@ def synthesize(arguments: Mapping[str, Any]) -> Attention:
     if name not in PATTERNS:
         raise Complaint(f"no pattern is called `{shown(name)}`", nearest(str(name), PATTERNS), ("pattern",))
     shape = Shape(**read_arguments(Shape, common, READERS))
-    draw, length = PATTERNS[name], min(shape.prompts) + shape.steps
+    draw, length = PATTERNS[name], min(map(sum, zip(shape.prompts, shape.later, strict=True))) + shape.steps
     given = read_arguments(draw, own, {**READERS, "Tokens": lambda at: read_tokens(at, length)}, beside=known(Shape))
     rows = [[shape.scene(row, layer) for layer in range(shape.layers)] for row in range(len(shape.prompts))]
     for scene in (scene for row in rows for scene in row):
@@ -143,4 +165,6 @@ def synthesize(arguments: Mapping[str, Any]) -> Attention:
         queries=tuple(np.stack([layer.queries for layer in row]) for row in made),
         keys=tuple(np.stack([layer.keys for layer in row]) for row in made),
         values=tuple(np.stack([layer.values for layer in row]) for row in made),
+        turns=shape.turns,
+        chunk=shape.chunk,
     )
