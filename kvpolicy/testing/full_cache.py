@@ -36,7 +36,7 @@ class FullCache:
         Raises:
             IndexError: there is no such layer, row, KV head or position.
         """
-        length = self.said.prompts[row] + self.said.steps
+        length = self.said.queries[row].shape[2]
         if not 0 <= newest < length:
             raise IndexError(f"row {row} has the positions 0..{length - 1}, not {newest}")
         place = (layer, row, head)

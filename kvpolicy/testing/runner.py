@@ -18,8 +18,9 @@ from kvpolicy.testing.claims import Breach, Claim
 from kvpolicy.testing.expectations import read_claim
 from kvpolicy.testing.explaining import explain
 from kvpolicy.testing.feeding import Feed, OracleAlone, RuntimeBeside, plan_for, watch
-from kvpolicy.testing.patterns import Attention, synthesize
+from kvpolicy.testing.patterns import Attention
 from kvpolicy.testing.seen import Seen
+from kvpolicy.testing.traces import text_of
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ class Case:
         test, where = policy.tests[number], ("tests", number)
         try:
             with within("attention"):
-                if "trace" in test.attention:
-                    raise Complaint("recorded traces cannot be replayed yet", "use a `pattern`", ("trace",), "key")
-                said = synthesize(test.attention)
+                said = text_of(test.attention, near=policy.source, plan_of=lambda text: planned(policy, test, text))
             plan = planned(policy, test, said)
         except Complaint as complaint:
             raise PolicyError(diagnostics=[policy.diagnostic(where, complaint)]) from None
