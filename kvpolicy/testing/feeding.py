@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,18 +73,22 @@ def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:
 
 
 class OracleAlone:
-    """The oracle; where positions are compact it leaves keys as they are, for synthetic ones carry no rotation."""
+    """The oracle; where positions are compact it leaves keys as they are, for synthetic ones carry no rotation.
+
+    ``layers`` are those that are fed; all of them unless given.
+    """
 
     near_ties = 0
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, layers: Sequence[int] | None = None) -> None:
         self.plan = plan
+        self.layers = range(plan.geometry.layers) if layers is None else layers
         rotate = (lambda vectors, positions: vectors) if plan.policy.positions == "compact" else None
         self.oracle = Oracle(plan, rows=plan.batch, rotate=rotate)
 
     def feed(self, said: Attention, now: Pass) -> list[Step]:
         steps = []
-        for layer in range(said.geometry.layers):
+        for layer in self.layers:
             given = (
                 [row[layer][:, span] for row, span in zip(rows, now.rows, strict=True)]
                 for rows in (said.queries, said.keys, said.values)
