@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.status import Status
 
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json, Settings, Spec, parse_settings
@@ -72,7 +71,7 @@ def run(
     from kvpolicy.patching import applied
 
     request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense)
-    with busy(f"loading {model}"):
+    with output.busy(f"loading {model}"):
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
     output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device)))}[/]")
     write = _writer(json)
@@ -173,17 +172,6 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """A spinner on stderr while something takes time; nothing where nobody looks."""
-    console = output.stderr()
-    if not console.is_terminal or output.is_quiet():
-        yield
-        return
-    with Status(f"{what} …", console=console):
-        yield
 
 
 def _writer(json: bool) -> Any:

@@ -16,10 +16,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from kvpolicy.errors import Diagnostic, KvpolicyError, PolicyError
+from kvpolicy.errors import Diagnostic, KvpolicyError, PolicyError, UsageError
 
 SCHEMA_VERSION = 1
 """Version of the objects that `--json` prints; it grows when a key changes its meaning or goes away."""
@@ -114,9 +115,28 @@ def note(text: str) -> None:
         stderr().print(text, soft_wrap=True)
 
 
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on stderr while something takes time; nothing where nobody looks."""
+    console = stderr()
+    if not console.is_terminal or _display.quiet:
+        yield
+        return
+    with Status(f"{escape(what)} …", console=console):
+        yield
+
+
 def json_object(payload: Mapping[str, Any]) -> None:
     """Print one JSON object to stdout, `schema_version` first."""
     print(json.dumps({"schema_version": SCHEMA_VERSION, **payload}, indent=2, ensure_ascii=False, default=str))
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text to a file that the user named. Raises UsageError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as fault:
+        raise UsageError(f"cannot write {path}: {fault.strerror}; give a path in a folder that exists") from fault
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli import output
-from kvpolicy.errors import UsageError
 from kvpolicy.language.schema import json_schema
 
 EPILOG = (
@@ -28,8 +27,5 @@ def run(
     if to is None:
         print(text, end="")
         return
-    try:
-        to.write_text(text, encoding="utf-8")
-    except OSError as fault:
-        raise UsageError(f"cannot write {to}: {fault.strerror}; give a path in a folder that exists") from fault
+    output.write_file(to, text)
     output.note(f"wrote {to}")
