@@ -4,6 +4,8 @@ import os
 
 from hypothesis import settings
 
+pytest_plugins = ["pytester"]  # for the tests of our own plugin; here, for pytest takes it from the top conftest alone
+
 # Before anything imports these libraries: only the fetch of SmolLM2, through pip, may use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
