@@ -33,7 +33,8 @@ def make_plan(
 
     Args:
         batch: rows B of the cache.
-        prompt: prompt tokens of a row, or the (fewest, most) of a ragged batch; over all turns.
+        prompt: (the fewest that a row has read when its first turn ends, the most over all its turns), or one number:
+            exactly so many, or, with several turns, at most so many.
         max_new_tokens: generated tokens of a row, over all turns.
         turns: prompt turns the cache will see.
 
@@ -41,7 +42,7 @@ def make_plan(
         PolicyError: the policy cannot be resolved for this shape.
         UsageError: lengths that make no sense, or that the policy's ``total`` cannot hold.
     """
-    low, high = (prompt, prompt) if isinstance(prompt, int) else prompt
+    low, high = (prompt if turns == 1 else min(prompt, 0), prompt) if isinstance(prompt, int) else prompt
     if batch < 1 or low < 0 or high < low or max_new_tokens < 0 or turns < 1:
         raise UsageError(
             "a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; "

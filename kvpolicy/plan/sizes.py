@@ -12,8 +12,8 @@ from kvpolicy.plan.structure import PoolPlan, admitted
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths a plan is made for: prompt tokens of a row (fewest, most), generated tokens, prompt turns; and over
-    how many KV heads a budget may be shared out."""
+    """The lengths a plan is made for: prompt tokens of a row (fewest when its first turn ends, most over all turns),
+    generated tokens, prompt turns; and over how many KV heads a budget may be shared out."""
 
     prompt: tuple[int, int]
     generated: int
@@ -56,10 +56,8 @@ def size_pools(
             slack = _slack(pool, lengths, sized)
             victims = _victims(pool, slack, sized)
             pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=victims)
-        fewest = 0
-        if pool.budget is None and "prompt" in pool.admits:
-            fewest = pool.bound if full else in_pages(lengths.prompt[0], pool.page)
-        ranges[f"size({pool.name})"] = Range(Fraction(fewest), Fraction(pool.bound))
+        fewest = pool.bound if full and pool.budget is None else _fewest(pool, pools, ranges, lengths)
+        ranges[f"size({pool.name})"] = Range(Fraction(min(fewest, pool.bound)), Fraction(pool.bound))
         # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
         sized[index] = replace(pool, capacity=max(pool.capacity, pool.page))
     offset = 0
@@ -85,6 +83,23 @@ def _arrivals(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Leng
             page = next(pool.page for pool in pools if pool.name == source.to)
             ever[source.to] += in_pages(ever[source.name], page)
     return ever
+
+
+def _fewest(pool: PoolPlan, pools: tuple[PoolPlan, ...], ranges: dict[str, Range], lengths: Lengths) -> int:
+    """The fewest whole-page tokens that an update can leave: the shortest prompt, or what the budget has room for.
+
+    An update drops units only down to the budget, and between updates they only come; so what the first prompt brings
+    and the least budget allows is there for ever.
+    """
+    others = frozenset().union(*(other.admits for other in pools)) - {"prompt", "generated"}
+    if "prompt" not in pool.admits or others:  # special tokens and images may go to another pool
+        return 0
+    prompt = in_pages(lengths.prompt[0], pool.page)
+    if pool.budget is None:
+        return prompt
+    if pool.scope == "across-heads":  # a head may lose what another wins
+        return 0
+    return min(prompt, max(0, math.floor(pool.budget.bound(ranges).low)) // pool.page * pool.page)
 
 
 def _within_budget(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths) -> int:

@@ -211,6 +211,19 @@ class Plan:
         return max(layer.slots for layer in self.layers) + self.prompt[1]
 
     @property
+    def reads_lengths(self) -> bool:
+        """Whether some number of the policy depends on how long the prompt is, or on what another pool holds."""
+        names = {
+            name
+            for layer in self.layers
+            for pools in (layer.pools, *(layer.heads or ()))
+            for pool in pools
+            for _, quantity in pool.quantities()
+            for name in quantity.names
+        }
+        return any(name in ("prompt_len", "context") or name.startswith("size(") for name in names)
+
+    @property
     def never_fires(self) -> bool:
         """True where no pool can exceed its budget at these lengths."""
         return all(

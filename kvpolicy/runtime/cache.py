@@ -125,18 +125,13 @@ class PolicyCache(Cache):
             raise CacheError(
                 f"this cache has {self.plan.batch} rows; a pass of shape {tuple(valid.shape)} does not fit"
             )
-        longest = int((self.clocks.prompt_len + valid.sum(1)).max())
-        if longest > self.plan.prompt[1]:
-            raise CacheError(
-                f"this cache was planned for at most {self.plan.prompt[1]} prompt tokens a row, and a row would have "
-                f"{longest}; plan for more, or call cache.extend(prompt=…) before the turn"
-            )
+        if more is None:
+            more = self.expected is not None and self.turn_columns + columns < self.expected
+        self._check_prompt((self.clocks.prompt_len + valid.sum(1)).tolist(), more)
         if first:
             self.clocks.open_turn()
         place = self.clocks.turn_tokens[:, None] + valid.long().cumsum(1) - 1
         self.turn_columns += columns
-        if more is None:
-            more = self.expected is not None and self.turn_columns < self.expected
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
         moment.first, moment.empty = first, empty and first
@@ -145,6 +140,22 @@ class PolicyCache(Cache):
         if not more:
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None
+
+    def _check_prompt(self, lengths: list[int], more: bool) -> None:
+        """Refuse prompts, by row, that the plan made no room for: longer ones, and shorter ones where that makes room
+        for others (RaaS gives what the prompt leaves to the generated tokens)."""
+        low, high = self.plan.prompt
+        if max(lengths) > high:
+            raise CacheError(
+                f"this cache was planned for at most {high} prompt tokens a row, and a row would have {max(lengths)}; "
+                "plan for more, or call cache.extend(prompt=…) before the turn"
+            )
+        if not more and min(lengths) < low and self.plan.reads_lengths:
+            raise CacheError(
+                f"this cache was planned for at least {low} prompt tokens a row, and row {lengths.index(min(lengths))} "
+                f"has {min(lengths)}, with which the budgets of {self.plan.policy.name} may be larger; plan for "
+                f"prompt=({min(lengths)}, {high})"
+            )
 
     def _update_due(self) -> bool:
         """Whether any pool of any layer may have to drop something at this generated pass: the host knows its clocks.
