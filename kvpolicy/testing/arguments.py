@@ -19,6 +19,9 @@ Reader = Callable[[Any], Any]
 Tokens = tuple[int, ...]
 """Positions."""
 
+Share = float
+"""A number from 0 to 1."""
+
 Numbers = tuple[int, ...]
 """One whole number or a list of them."""
 
@@ -30,7 +33,20 @@ def real(value: Any) -> float:
     return float(value)
 
 
-READERS: Mapping[str, Reader] = {"int": whole, "float": real, "Numbers": numbers, "Turns": read_turns}
+def share(value: Any) -> float:
+    """A number from 0 to 1, which may be written as `90%`. Raises Complaint."""
+    hint = "a share is a number from 0 to 1, as in `0.9` or `90%`"
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            value = float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            raise Complaint(f"`{shown(value)}` is not a share", hint) from None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise Complaint(f"`{shown(value)}` is not a share", hint)
+    return float(value)
+
+
+READERS: Mapping[str, Reader] = {"int": whole, "float": real, "Numbers": numbers, "Share": share, "Turns": read_turns}
 """By annotation."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from kvpolicy.language import Policy
 from kvpolicy.oracle import Oracle, Step
 from kvpolicy.plan import Plan, make_plan
+from kvpolicy.testing.full_cache import FullCache
 from kvpolicy.testing.patterns import Attention
 from kvpolicy.testing.seen import Seen
 
@@ -41,16 +42,16 @@ class Feed(Protocol):
 
 def plan_for(policy: Policy, said: Attention) -> Plan:
     """The plan of a policy for exactly this text; raises as ``make_plan`` does."""
-    prompts, turns = (min(said.prompt_totals), max(said.prompt_totals)), 1 + len(said.turns)
+    prompts, turns = (min(said.prompts), max(said.prompt_totals)), 1 + len(said.turns)
     return make_plan(policy, said.geometry, batch=said.rows, prompt=prompts, max_new_tokens=said.steps, turns=turns)
 
 
 def watch(feed: Feed, said: Attention) -> Iterator[Seen]:
     """Every layer, row and KV head after every pass."""
-    chunk = feed.plan.policy.prompt_chunk
+    chunk, full = feed.plan.policy.prompt_chunk, FullCache(said)
     for now in passes(said, None if chunk is None else int(chunk.evaluate({}))):
         for step in feed.feed(said, now):
-            yield from (Seen(feed.plan, step, head) for head in range(len(step.heads)))
+            yield from (Seen(feed.plan, step, head, full) for head in range(len(step.heads)))
 
 
 def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:

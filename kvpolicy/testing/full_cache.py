@@ -5,10 +5,14 @@ Nothing here needs a whole attention map: a few queries are worked out at a time
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from kvpolicy.testing.patterns import Attention
-from kvpolicy.testing.seen import Seen
+
+if TYPE_CHECKING:
+    from kvpolicy.testing.seen import Seen
 
 Array = np.ndarray
 
@@ -48,10 +52,24 @@ class FullCache:
             self._blocks[place] = first, block
         return block[newest - first, : newest + 1]
 
-    def mass(self, seen: Seen) -> float:
-        """The share of the newest query's attention under the full cache that goes to what is attended in this pass."""
+    def mass(self, seen: Seen, pool: str | None = None) -> float:
+        """The share of the newest query's attention under the full cache that goes to what is attended in this pass.
+
+        With ``pool``: of its attention to the tokens that the pool admits, what the pool holds (1 where it admits none).
+        """
         probabilities = self.probabilities(*seen.place, seen.newest)
-        return float(probabilities[list(seen.attended())].sum())
+        if pool is None:
+            return float(probabilities[list(seen.attended())].sum())
+        admitted = seen.admitted(pool)
+        held = sorted(seen.attended(pool).intersection(admitted))
+        whole = float(probabilities[admitted].sum())
+        return float(probabilities[held].sum()) / whole if whole else 1.0
+
+    def lost(self, seen: Seen, pool: str | None = None) -> list[tuple[int, float]]:
+        """The tokens that the newest query would look at but that are gone, with their shares, heaviest first."""
+        probabilities = self.probabilities(*seen.place, seen.newest)
+        gone = sorted(frozenset(seen.admitted(pool)) - seen.attended(pool), key=lambda token: -probabilities[token])
+        return [(token, float(probabilities[token])) for token in gone]
 
     def _attend(self, layer: int, row: int, head: int, first: int, stop: int) -> Array:
         """Mean attention [stop - first, stop] of the queries at first..stop - 1."""

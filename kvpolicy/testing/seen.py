@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvpolicy.language import Quantity
 from kvpolicy.oracle import Step
 from kvpolicy.plan import Plan, PoolPlan
 
+if TYPE_CHECKING:
+    from kvpolicy.testing.full_cache import FullCache
+
 
 @dataclass(frozen=True)
 class Seen:
-    """KV head ``head`` after the pass ``step``; where a pool may be named, None means all of them."""
+    """KV head ``head`` after the pass ``step``; where a pool may be named, None means all of them.
+
+    ``full`` is the attention of the same text under the full cache.
+    """
 
     plan: Plan
     step: Step
     head: int
+    full: FullCache
 
     @property
     def newest(self) -> int:
         """Position of the newest token."""
         return self.step.prompt_len + self.step.t - 1
+
+    @property
+    def last(self) -> int:
+        """Position of the last token that this row will ever say."""
+        return int(self.full.said.queries[self.step.row].shape[2]) - 1
 
     @property
     def place(self) -> tuple[int, int, int]:

@@ -60,6 +60,8 @@ def first(pools: str, claim: str, attention: str = TEXT) -> tuple[Any, ...] | No
         ("{updates: []}", 6, "an update, none was claimed"),
         ('{updates: "6..15"}', None, ""),
         ('{updates: {at: ["6..8", 10]}}', 9, "an update, none was claimed"),
+        ("{mass: 0.15}", None, ""),
+        ("{mass: {max: 1}}", None, ""),
         ("{order: [2, 3, 10]}", None, ""),
         ("{order: [2, 3, 14]}", None, ""),
         ("{order: [3, 2]}", 6, "2 left before or together with 3"),
@@ -72,7 +74,7 @@ def test_a_claim_holds_to_the_token_and_the_step(claim: str, newest: int | None,
 
 
 def test_there_is_no_claim_that_is_not_tried_here() -> None:
-    assert set(CLAIMS) == {"keeps", "evicts", "resident", "peak", "updates", "order"}
+    assert set(CLAIMS) == {"keeps", "evicts", "resident", "peak", "updates", "order", "mass"}
 
 
 def test_updates_by_cadence_and_by_pool() -> None:
