@@ -1,0 +1,1 @@
+"""The long search for counter-examples: `python -m kvpolicy.lab.fuzz`."""
