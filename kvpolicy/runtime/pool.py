@@ -30,7 +30,7 @@ class PoolPolicy:
     def __init__(self, plan: PoolPlan) -> None:
         self.name = plan.name
         self.scorer = plan.scorer
-        self.leaves = [Leaf.of(leaf, number) for number, leaf in enumerate(scoring_leaves(plan))]
+        self.leaves = [Leaf.of(leaf, number, plan.name) for number, leaf in enumerate(scoring_leaves(plan))]
         self.budget = plan.budget.tree if plan.budget is not None else None
         self.window = plan.window.tree if plan.window is not None else None
         self.first = plan.first.tree if plan.first is not None else None
@@ -150,7 +150,7 @@ class PoolPolicy:
     def _hits_of_cache(self, leaf: Leaf, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
         """Hits among the units of all pools of the layer."""
         state, pools = sight.state, sight.state.plan.pools
-        scores = torch.cat([self._prepared(leaf, pool, sight, values) for pool in pools], dim=2)
+        scores = torch.cat([self._rival(leaf, pool, sight, values) for pool in pools], dim=2)
         places = torch.cat([state.unit_position(pool) for pool in pools], dim=2)
         hits = best(scores, places, places >= 0, leaf.hit[1], values)  # type: ignore[index]
         start = 0
@@ -159,6 +159,13 @@ class PoolPolicy:
                 return hits[:, :, start : start + pool.units].float()
             start += pool.units
         raise AssertionError(self.name)
+
+    def _rival(self, leaf: Leaf, pool: PoolPlan, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
+        """What this pool's scorer says of the units of any pool. Only its own can be candidates, and smooth and norm
+        leave nothing of the others."""
+        if pool.name != self.name and (leaf.smooth is not None or leaf.norm is not None):
+            return torch.zeros_like(sight.state.unit_position(pool), dtype=torch.float32)
+        return self._prepared(leaf, pool, sight, values)
 
     def _prepared(self, leaf: Leaf, pool: PoolPlan, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
         score = SIGNALS[leaf.signal](sight, pool, leaf)

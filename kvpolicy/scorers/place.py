@@ -20,8 +20,12 @@ def recency(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
 
 @signal("random")
 def random(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
-    """A number in [0, 1) drawn when the unit entered, see ``drawn``."""
-    return sight.state.tensors[f"{pool.name}.drawn.{leaf.number}"]
+    """A number in [0, 1) drawn when the unit entered, see ``drawn``; for units of another pool it is drawn now."""
+    state = sight.state
+    if pool.name == leaf.pool:
+        return state.tensors[f"{pool.name}.drawn.{leaf.number}"]
+    place = state.unit_position(pool).long()
+    return drawn(int(leaf.args.get("seed", 0)), state.layer, state.heads[..., None], place)
 
 
 def drawn(seed: int, layer: Tensor, heads: Tensor, position: Tensor) -> Tensor:

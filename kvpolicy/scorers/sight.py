@@ -21,9 +21,10 @@ from kvpolicy.plan import PoolPlan, ScorerPlan
 
 @dataclass(frozen=True)
 class Leaf:
-    """A leaf of a scorer with plain numbers for the graph; ``number`` names its buffers."""
+    """A leaf of a scorer with plain numbers for the graph; ``number`` and its ``pool`` name its buffers."""
 
     number: int
+    pool: str
     signal: str
     args: dict[str, Any]
     queries: str
@@ -37,13 +38,14 @@ class Leaf:
     weight: float
 
     @classmethod
-    def of(cls, plan: ScorerPlan, number: int) -> Leaf:
+    def of(cls, plan: ScorerPlan, number: int, pool: str) -> Leaf:
         hit: tuple[str, Any] | None = None
         if plan.hit is not None:
             kind, value = plan.hit
             hit = (kind, float(value) if isinstance(value, Fraction) else value.tree)
         return cls(
             number=number,
+            pool=pool,
             signal=plan.signal,
             args=dict(plan.args),
             queries=str(plan.queries),
