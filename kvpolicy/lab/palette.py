@@ -1,0 +1,32 @@
+"""Colours of pictures, close to Okabe and Ito's set, which most colour-blind readers can tell apart.
+
+They differ in lightness as well: the pools from each other, and what is safe (dark) from what is ranked (light).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shade(NamedTuple):
+    """A pool's two colours, as #rrggbb."""
+
+    safe: str
+    ranked: str
+
+
+SHADES = (
+    Shade("#0072b2", "#8cc4e6"),
+    Shade("#b36b00", "#f2bd4b"),
+    Shade("#00654a", "#5fc9a8"),
+    Shade("#8f3f6d", "#e3aecb"),
+)
+"""By pool; a fifth pool begins anew."""
+
+GONE, MISSED, PAPER, INK, LINE = "#dcdcdc", "#000000", "#ffffff", "#1a1a1a", "#c4c4c4"
+"""On white; ``page.css`` has these and their dark counterparts."""
+
+
+def shade(pool: int) -> Shade:
+    """The colours of pool number ``pool``."""
+    return SHADES[pool % len(SHADES)]
