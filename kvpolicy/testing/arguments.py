@@ -14,6 +14,9 @@ from kvpolicy.language.vocabulary import nearest
 from kvpolicy.testing.tokens import numbers, whole
 from kvpolicy.testing.turns import read_turns
 
+IMPLIED = ("scene", "against")
+"""Parameters of a pattern that nobody writes."""
+
 Reader = Callable[[Any], Any]
 
 Tokens = tuple[int, ...]
@@ -87,4 +90,4 @@ def read_arguments(
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {name: at for name, at in inspect.signature(function).parameters.items() if name != "scene"}
+    return {name: at for name, at in inspect.signature(function).parameters.items() if name not in IMPLIED}

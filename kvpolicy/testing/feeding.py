@@ -11,8 +11,8 @@ import numpy as np
 from kvpolicy.language import Policy
 from kvpolicy.oracle import Oracle, Step
 from kvpolicy.plan import Plan, make_plan
+from kvpolicy.testing.attention import Attention
 from kvpolicy.testing.full_cache import FullCache
-from kvpolicy.testing.patterns import Attention
 from kvpolicy.testing.seen import Seen
 
 

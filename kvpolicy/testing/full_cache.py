@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvpolicy.testing.patterns import Attention
+from kvpolicy.testing.attention import Attention
 
 if TYPE_CHECKING:
     from kvpolicy.testing.seen import Seen
@@ -55,7 +55,7 @@ class FullCache:
     def mass(self, seen: Seen, pool: str | None = None) -> float:
         """The share of the newest query's attention under the full cache that goes to what is attended in this pass.
 
-        With ``pool``: of its attention to the tokens that the pool admits, what the pool holds (1 where it admits none).
+        With ``pool``: of its attention to the tokens that the pool admits, what it holds (1 where it admits none).
         """
         probabilities = self.probabilities(*seen.place, seen.newest)
         if pool is None:

@@ -17,7 +17,8 @@ from kvpolicy.language.base import Complaint
 from kvpolicy.language.nodes import shown
 from kvpolicy.plan import Plan
 from kvpolicy.testing.arguments import READERS, read_arguments, within
-from kvpolicy.testing.patterns import Attention, synthesize
+from kvpolicy.testing.attention import Attention
+from kvpolicy.testing.patterns import synthesize
 from kvpolicy.testing.tokens import read_tokens, spelled
 from kvpolicy.testing.trace_file import STORED, WHAT, About, Array, TraceWriter, bits, floats, name_of
 
@@ -40,7 +41,7 @@ def text_of(arguments: Mapping[str, Any], *, near: str, plan_of: PlanOf | None =
         Complaint: what makes no sense; its path names the argument.
     """
     if "trace" not in arguments:
-        return synthesize(arguments)
+        return synthesize(arguments, plan_of)
     if "pattern" in arguments:
         raise Complaint("either a `pattern` or a `trace`", "drop one", ("pattern",), "key")
     beside = Path(near).parent if Path(near).is_file() else Path()

@@ -10,19 +10,34 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvpolicy.language import load_policy
 from kvpolicy.language.base import Complaint
-from kvpolicy.testing.patterns import PATTERNS, Attention, Scene, synthesize
+from kvpolicy.plan import Plan
+from kvpolicy.testing.feeding import plan_for
+from kvpolicy.testing.patterns import PATTERNS, Attention, Scene
+from kvpolicy.testing.patterns import synthesize as draw
 
 NEEDED: dict[str, dict[str, Any]] = {
     "heavy-hitter": {"at": [3, 30]},
     "milestone": {"at": 20, "until": 40},
     "phoenix": {"at": 5, "from": 40},
     "needle": {"at": "4..6"},
+    "burst": {"at": 5, "times": [24, 40], "width": 3},
+    "mixture": {"parts": [{"pattern": "sink", "sinks": 2}, {"pattern": "burst", "at": 20, "where": {"from": 30}}]},
 }
 """Arguments without which a pattern cannot be drawn."""
 
 TEXT = {"prompt": 16, "steps": 48}
 ARGUMENTS = {name: {"pattern": name, **TEXT, **NEEDED.get(name, {})} for name in PATTERNS}
+
+
+def window(said: Attention) -> Plan:
+    return plan_for(load_policy("window").bind(window=6), said)
+
+
+def synthesize(arguments: Mapping[str, Any]) -> Attention:
+    """Against the window policy, where a pattern asks for one."""
+    return draw(arguments, window)
 
 
 def logits(said: Attention, row: int = 0, layer: int = 0) -> np.ndarray:
@@ -48,7 +63,11 @@ def wanted(name: str) -> np.ndarray:
     return scene.wanted()
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+ALONE = [name for name in PATTERNS if name not in ("mixture", "adversarial")]
+"""Patterns that can be drawn without others and without a policy."""
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_keys_have_length_1_and_meet_queries_as_wanted(name: str) -> None:
     arguments = {"at": 20, "until": 40, "from": 60} if name in NEEDED else {}
     arguments = {key: value for key, value in arguments.items() if key in NEEDED.get(name, {})}
@@ -181,7 +200,7 @@ def test_looks_at_one_token_add_up() -> None:
 
 WRONG: list[tuple[Mapping[str, Any], str, tuple[str, ...], str]] = [
     ({"pattern": "sinks"}, "no pattern is called `sinks`", ("pattern",), "did you mean `sink`?"),
-    ({"pattern": 3}, "no pattern is called `3`", ("pattern",), "known here: `drift`"),
+    ({"pattern": 3}, "no pattern is called `3`", ("pattern",), "known here: `adversarial`"),
     ({"pattern": "milestone", "at": 3}, "the argument `until` is missing", (), "known here: `at`, `until`"),
     ({"pattern": "sink", "promt": 3}, "`promt` is not an argument here", ("promt",), "did you mean `prompt`?"),
     ({"pattern": "sink", "sink": 3}, "`sink` is not an argument here", ("sink",), "did you mean `sinks`?"),

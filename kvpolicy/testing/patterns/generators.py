@@ -73,6 +73,35 @@ def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: floa
 
 
 @pattern
+def burst(
+    scene: Scene,
+    at: Tokens,
+    times: Tokens | None = None,
+    every: int | None = None,
+    width: int = 2,
+    level: float = 4.0,
+    fade: float = 1.0,
+) -> None:
+    """Tokens that are silent but for bursts: ``width`` queries in a row look at them, beginning at the positions
+    ``times``, or ``every`` so many tokens after the last of them was said (a quarter of the text that is left).
+    """
+    if times is not None and every is not None:
+        raise Complaint("`times` and `every` both say when", "drop one", ("every",))
+    if width < 1:
+        raise Complaint("a burst lasts a query at least", "as in `width: 2`", ("width",))
+    said = at[-1]
+    stride = max(width + 1, (scene.length - said) // 4) if every is None else every
+    if times is not None and times[0] <= said:
+        raise Complaint(f"at {times[0]}, {spelled(at)} has not been said", f"`times` are above {said}", ("times",))
+    if times is None and stride <= width:
+        raise Complaint(f"a burst of {width} every {stride} is never silent", "`every` is above `width`", ("every",))
+    starts = np.array(range(said + stride, scene.length, stride) if times is None else times, dtype=int)
+    since = np.subtract.outer(scene.now, starts)
+    scene.look(at, np.where(((since >= 0) & (since < width)).any(axis=1), level, -level))
+    scene.fade(fade)
+
+
+@pattern
 def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: float = 6.0, fade: float = 1.0) -> None:
     """Tokens that only the question, the prompt's last tokens, and the answer, the first generated ones, look at."""
     asked = (scene.now >= scene.prompt - question) & (scene.now < scene.prompt + answer)
@@ -98,7 +127,7 @@ def ties(scene: Scene, kinds: int = 3) -> None:
     """Tokens of a few kinds that queries want by whole numbers: scores tie all the time, in float32 as in float64."""
     if kinds < 1:
         raise Complaint("tokens are of at least one kind", "as in `kinds: 3`", ("kinds",))
-    scene.noise = 0.0
+    scene.hush()
     kind = scene.random.integers(kinds, size=scene.length)
     for number in range(kinds):
         wanted = scene.random.integers(-1, 2, size=scene.length)
