@@ -21,6 +21,7 @@ VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported wh
     "apply",
     "explain",
     "validate",
+    "simulate",
     "test",
     "list",
     "schema",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from kvpolicy.cli.timeline import PoolTimeline
 from kvpolicy.plan import LayerPlan, PoolPlan
+
+Pick = Callable[[Sequence[int]], int]
 
 WIDTH = 60
 KEPT, SAFE, RANKED, FREE = "█▓▒·"
@@ -61,10 +63,12 @@ def bar(value: int, most: int, width: int = 40) -> str:
     return KEPT * max(1, round(width * value / max(1, most)))
 
 
-def strip(values: Sequence[int], cells: int = 40) -> str:
-    """A sparkline from 0 to the largest value; a cell stands for the largest of its stretch."""
+def strip(values: Sequence[int], cells: int = 40, *, most: int | None = None, of: Pick = max) -> str:
+    """A sparkline from 0 to `most` (the largest value unless given); a cell stands for the largest of its stretch, or
+    for another that `of` picks.
+    """
     marks = "▁▂▃▄▅▆▇█"
-    cells, most = min(cells, len(values)), max(values, default=0) or 1
+    cells, most = min(cells, len(values)), most or max(values, default=0) or 1
     edges = [len(values) * cell // cells for cell in range(cells + 1)] if cells else [0]
     stretches = [values[begin:end] for begin, end in pairwise(edges)]
-    return "".join(marks[-(-7 * max(stretch) // most)] for stretch in stretches)
+    return "".join(marks[-(-7 * of(stretch) // most)] for stretch in stretches)

@@ -17,7 +17,6 @@ from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy
 from kvpolicy.plan import Plan
 from kvpolicy.testing.feeding import OracleAlone, plan_for, watch
-from kvpolicy.testing.full_cache import FullCache
 from kvpolicy.testing.patterns import Attention
 from kvpolicy.testing.seen import Seen
 
@@ -202,13 +201,13 @@ def simulate(
         )
     )
     plan = plan_for(policy, said)
-    full, writers = FullCache(said), dict[tuple[int, int, int], _Writer]()
+    writers: dict[tuple[int, int, int], _Writer] = {}
     for seen in watch(OracleAlone(plan, None if asked[0] is None else [asked[0]]), said):
         if any(number not in (None, at) for number, at in zip(asked, seen.place, strict=True)):
             continue
         if seen.place not in writers:
-            writers[seen.place] = _Writer(seen, said)
-        writers[seen.place].note(seen, full)
+            writers[seen.place] = _Writer(seen, said.prompts[seen.step.row])
+        writers[seen.place].note(seen)
         if progress is not None:
             progress(seen.step.t, said.steps)
     courses = tuple(writers[place].course() for place in sorted(writers))
@@ -224,10 +223,9 @@ def _place(name: str, number: int | None, count: int) -> int | None:
 class _Writer:
     """Writes one course down, pass by pass."""
 
-    def __init__(self, seen: Seen, said: Attention) -> None:
+    def __init__(self, seen: Seen, prompt: int) -> None:
         self.layer, self.row, self.head = seen.place
-        self.prompt = said.prompts[self.row]
-        self.length = said.prompt_totals[self.row] + said.steps
+        self.prompt, self.length = prompt, seen.last + 1
         self.plans = seen.plans
         self.newest: list[int] = []
         self.t: list[int] = []
@@ -241,7 +239,7 @@ class _Writer:
         self.missed = np.zeros(self.length)  # attention that each token would have had, summed over generated tokens
         self.left = np.full(self.length, -1)  # moment at which it went
 
-    def note(self, seen: Seen, full: FullCache) -> None:
+    def note(self, seen: Seen) -> None:
         if seen.newest < 0 or (self.newest and seen.newest == self.newest[-1]):
             return  # a chunk that brings nothing to this row
         moment, step = len(self.newest), seen.step
@@ -265,11 +263,11 @@ class _Writer:
         self.evicted.append(int(left.sum()))
         self.states.note(moment, states)
 
-        attention = full.probabilities(self.layer, self.row, self.head, seen.newest)
+        attention = seen.full.probabilities(self.layer, self.row, self.head, seen.newest)
         attended = np.zeros(self.length, dtype=bool)
         attended[list(seen.attended())] = True
         said = seen.newest + 1
-        self.mass.append(min(1.0, float(attention[attended[:said]].sum())))
+        self.mass.append(max(0.0, 1 - float(attention[~attended[:said]].sum())))
         wanted = np.zeros(self.length, dtype=int)
         wanted[:said] = np.where(attention > WANTED / said, np.where(attended[:said], KEPT, MISSED), 0)
         self.wanted.note(moment, wanted)

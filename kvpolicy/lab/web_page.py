@@ -71,10 +71,8 @@ def _legend(simulations: Sequence[Simulation]) -> Iterator[str]:
             names += [name] if name not in names else []
     for number, names in pools.items():
         pool = " or ".join(names)
-        stripes = drawing._stripes(f"legend-{number}", shade(number).safe, 1, 1)
-        yield _key(
-            f'<defs>{stripes}</defs><rect width="48" height="30" fill="url(#legend-{number})"/>', f"{pool}: safe"
-        )
+        paint = drawing.stripes(f"legend-{number}", shade(number).safe, 1, 1)
+        yield _key(f'<defs>{paint}</defs><rect width="48" height="30" fill="url(#legend-{number})"/>', f"{pool}: safe")
         yield _key(f'<rect width="48" height="30" fill="{shade(number).ranked}"/>', f"{pool}: ranked, the lowest goes")
     yield _key('<rect class="said" width="48" height="30"/>', "evicted")
     missed = '<rect class="said" width="48" height="30"/><path class="missed" stroke-width="4" d="M0 15H48"/>'

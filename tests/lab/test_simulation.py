@@ -14,7 +14,6 @@ from kvpolicy.lab.simulation import GONE, KEPT, MISSED, UNSAID, Runs, Simulation
 from kvpolicy.lab.web_page import page
 from kvpolicy.language import load_policy, loads_policy
 from kvpolicy.testing.feeding import OracleAlone, plan_for, watch
-from kvpolicy.testing.full_cache import FullCache
 from kvpolicy.testing.patterns import synthesize
 
 UNIFORM = {"pattern": "uniform", "prompt": 6, "steps": 10, "noise": 0, "layers": 1, "heads": 2, "kv_heads": 1}
@@ -93,7 +92,7 @@ def test_wanted_tokens_that_stay_are_no_loss() -> None:
 def test_the_states_are_the_oracles_at_every_moment() -> None:
     policy = load_policy("raas", set={"budget": "16", "page_size": "2"})
     said = synthesize({"pattern": "drift", "prompt": 6, "steps": 30, "every": 8})
-    simulation, full = simulate(policy, said), FullCache(said)
+    simulation = simulate(policy, said)
     courses = {(course.layer, course.row, course.head): course for course in simulation.courses}
     assert len(courses) == 4 and simulation.shown is courses[0, 0, 0]
     moments = dict.fromkeys(courses, -1)
@@ -103,7 +102,7 @@ def test_the_states_are_the_oracles_at_every_moment() -> None:
         states = course.states.at(moments[seen.place], course.length)
         assert frozenset(np.flatnonzero(states > GONE).tolist()) == seen.kept()
         assert frozenset(np.flatnonzero(states // 2 == 2).tolist()) == seen.kept("generated")
-        assert course.mass[moments[seen.place]] == pytest.approx(full.mass(seen))
+        assert course.mass[moments[seen.place]] == pytest.approx(seen.full.mass(seen))
     assert simulation.evicted == sum(int(course.evicted.sum()) for course in courses.values()) > 0
 
 
@@ -141,7 +140,7 @@ def test_a_prompt_in_chunks_has_a_moment_for_each() -> None:
 
 def test_a_text_of_a_prompt_alone() -> None:
     course = run("all: {admit: all, budget: 4}", steps=0).shown
-    assert course.counted.all() and course.mean_mass == 1.0 and course.evicted.tolist() == [2]
+    assert course.counted.all() and course.mean_mass == pytest.approx(1) and course.evicted.tolist() == [2]
 
 
 # Pictures
@@ -195,9 +194,9 @@ def test_pixels_show_the_states() -> None:
     assert pixels.shape == (HIGH, WIDE, 3)
 
     def colour(token: int, moment: int) -> set[str]:
-        row, column = HIGH // course.length, WIDE // len(course.t)
-        block = pixels[token * row + 3 : (token + 1) * row - 3, moment * column + 6 : (moment + 1) * column - 6]
-        return {"#" + bytes(pixel).hex() for pixel in block.reshape(-1, 3)}
+        row = np.flatnonzero(np.arange(HIGH) * course.length // HIGH == token)
+        column = np.flatnonzero(np.arange(WIDE) * len(course.t) // WIDE == moment)
+        return {"#" + bytes(pixel).hex() for pixel in pixels[np.ix_(row, column)].reshape(-1, 3)}
 
     assert colour(15, 0) == {"#ffffff"}
     assert colour(4, 12) == {"#dcdcdc"}
