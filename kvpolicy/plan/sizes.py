@@ -99,7 +99,8 @@ def _fewest(pool: PoolPlan, pools: tuple[PoolPlan, ...], ranges: dict[str, Range
         return prompt
     if pool.scope == "across-heads":  # a head may lose what another wins
         return 0
-    return min(prompt, max(0, math.floor(pool.budget.bound(ranges).low)) // pool.page * pool.page)
+    least = max(Fraction(0), pool.budget.bound(ranges).low)  # a budget may fall without limit: `8 - seen(other)`
+    return min(prompt, math.floor(least) // pool.page * pool.page)
 
 
 def _within_budget(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths) -> int:

@@ -102,12 +102,19 @@ class PoolPolicy:
         values: Mapping[str, Whole],
         active: Tensor | None = None,
     ) -> None:
-        """Fold this pass into every memory; rows that are not ``active`` [B] brought no token and remember nothing."""
+        """Fold this pass into every memory.
+
+        In a prompt pass rows that are not ``active`` [B] brought no token and remember nothing, and neither does a unit
+        that is still empty: the turn's workspace is laid out before its tokens come.
+        """
         for leaf in self.leaves:
             if leaf.memory != "none":
                 sight = sights[leaf.queries]
                 score = self.pass_score(leaf, sight, values)
-                fold(leaf, *self._memory(sight.state, leaf), score, clocks.t, active)
+                units = None
+                if active is not None:
+                    units = active[:, None, None] & sight.state.resident_units(sight.state.pools[self.name])
+                fold(leaf, *self._memory(sight.state, leaf), score, clocks.t, units)
 
     def score(self, sights: Mapping[str, Sight], clocks: Clocks, values: Mapping[str, Whole]) -> Tensor:
         """What each unit is worth at an update, float32 [B, K, U]."""

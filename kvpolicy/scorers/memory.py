@@ -20,12 +20,12 @@ def fold(
 ) -> None:
     """Fold this pass into ``memory`` [B, K, U] (and ``gap``) in place.
 
-    ``score`` [B, K, U] is the pass's value (0 or 1 after ``hit``); ``t`` [B] the row's clock; rows that are not
-    ``active`` [B] stay as they are.
+    ``score`` [B, K, U] is the pass's value (0 or 1 after ``hit``); ``t`` [B] the row's clock; units that are not
+    ``active`` [B, K, U] stay as they are.
     """
     now = t[:, None, None].to(memory.dtype)
     if leaf.memory in CLOCKED:
-        hit = score > 0 if active is None else (score > 0) & active[:, None, None]
+        hit = score > 0 if active is None else (score > 0) & active
         if gap is not None:
             gap.copy_(torch.where(hit, torch.maximum(gap, now - memory), gap))
         memory.copy_(torch.where(hit, now, memory))
@@ -36,7 +36,7 @@ def fold(
         folded = memory * leaf.memory_value + score
     else:
         folded = torch.maximum(memory * leaf.memory_value, score)
-    memory.copy_(folded if active is None else torch.where(active[:, None, None], folded, memory))
+    memory.copy_(folded if active is None else torch.where(active, folded, memory))
 
 
 def recall(leaf: Leaf, memory: Tensor, gap: Tensor | None, t: Tensor) -> Tensor:
