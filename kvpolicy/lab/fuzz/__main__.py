@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 CHUNK = 100
-"""Cases of one draw of Hypothesis."""
+"""Cases that a worker takes at a time."""
 
 WHOLE = 10
-"""Every so many-th chunk draws from the whole language: the runtime refuses politely, the oracle runs alone."""
+"""To so many cases that the runtime runs comes one from the whole language, which it may refuse: the oracle runs it."""
 
 JUDGED = 5000
 """From so many cases on, a feature that was never drawn is a failure."""
@@ -37,8 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--compile-every", type=int, default=500, help="one case in so many is compiled; 0: none")
+    parser.add_argument("--case", type=int, help="only this case")
+    parser.add_argument("--whole", action="store_true", help="--case counts cases of the whole language")
     parser.add_argument("--failures", type=Path, default=Path("build/fuzz"), help="where counter-examples are written")
     given = parser.parse_args(arguments)
+    if given.case is not None:
+        given.cases, given.texts, given.workers = 1, 0, 1
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers
     failures = search_cases(given) if given.cases else []
     failures += read_texts(given) if given.texts else []
@@ -55,36 +59,34 @@ def search_cases(given: argparse.Namespace) -> list[str]:
     """The agreement search; returns its failures."""
     from kvpolicy.lab.fuzz.cases import Chunk, Found, search
 
-    def chunks() -> Iterator[Chunk]:
-        left, number = given.cases, 0
-        while left > 0:
-            supported = number % WHOLE != WHOLE - 1
-            count = min(CHUNK, left) if supported else CHUNK
-            compiled = given.compile_every > 0 and number * CHUNK % given.compile_every < CHUNK
-            yield Chunk(number, count, given.seed, supported, supported and compiled)
-            left -= count if supported else 0
-            number += 1
+    def chunks(cases: range, supported: bool) -> Iterator[Chunk]:
+        for first in cases[::CHUNK]:
+            count = min(CHUNK, cases.stop - first)
+            yield Chunk(first, count, given.seed, supported, given.compile_every if supported else 0)
 
-    every = list(chunks())
-    whole = sum(chunk.count for chunk in every if not chunk.supported)
-    print(
-        f"{given.cases} cases that the runtime runs, seed {given.seed}, chunks 0..{len(every) - 1} of {CHUNK}", end=""
-    )
-    print(f", {whole} from the whole language among them, {given.workers} workers", flush=True)
+    if given.case is not None:
+        every = list(chunks(range(given.case, given.case + 1), not given.whole))
+    else:
+        whole = -(-given.cases // WHOLE)
+        every = [*chunks(range(given.cases), True), *chunks(range(whole), False)]
+        print(f"cases 0..{given.cases - 1} of what the runtime runs and 0..{whole - 1} of the whole language", end="")
+        print(f", seed {given.seed}, {given.workers} workers", flush=True)
+    planned = sum(chunk.count for chunk in every)
     total, start, done = Found(), time.monotonic(), 0
     for chunk, found in zip(every, spread(search, every, given.workers), strict=True):
         total.add(found)
         done += chunk.count
-        progress(
-            f"{done} drawn, {total.agreed} agreed, {len(total.failures)} failed", start, done / (given.cases + whole)
-        )
+        progress(f"{done} drawn, {total.agreed} agreed, {len(total.failures)} failed", start, done / planned)
         if len(total.failures) >= 5:
             print("stopping after five counter-examples")
             break
     seconds = time.monotonic() - start
-    print(f"{total.agreed} cases agreed ({len(total.distinct)} drawn cases are distinct) in {seconds:.0f} s", end="")
+    print(
+        f"{total.agreed} cases agreed ({len(total.distinct)} of {done} drawn are distinct) in {seconds:.0f} s", end=""
+    )
     print(f", {total.agreed / max(seconds, 0.1):.1f} a second; in {total.evicting} of them something was evicted")
-    print(f"{total.compared} kept sets compared, {total.evicted} tokens evicted, {total.compiled} cases compiled too")
+    print(f"{total.compared} kept sets compared, {total.evicted} tokens evicted, {total.compiled} compiled too", end="")
+    print(f"; {total.wasted} draws were no valid policy")
     print(f"{total.near_ties} near ties that float32 cannot tell apart; some of them:")
     for tie in total.ties[:10]:
         print(f"  {tie}")

@@ -1,4 +1,4 @@
-"""Chunks of cases: draws of Hypothesis from one seed, each agreed upon, or shrunk to a file that shows why not."""
+"""Cases by number: each drawn from its own seed, agreed upon, or shrunk to a file that shows why not."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-
 from kvpolicy.lab.fuzz.coverage import features
 from kvpolicy.testing.search import agree, reproduction
-from kvpolicy.testing.strategies import policies, texts
+from kvpolicy.testing.shrinking import Choices, shrink
+from kvpolicy.testing.strategies.policies import draw_policy
+from kvpolicy.testing.strategies.texts import draw_text
 
 EXAMPLES = 5
 """Near ties of a chunk that are kept in words."""
@@ -21,33 +21,26 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Chunk:
-    """Which cases: ``count`` draws from the seed (``seed``, ``number``); ``supported`` or from the whole language.
+    """Cases ``first`` to ``first + count - 1`` of a seed; ``supported``: drawn from what the runtime runs, or from the
+    whole language. Case number n is compiled as well where n is a multiple of ``compile_every`` (0: none is)."""
 
-    ``compiled``: one of them goes through torch.compile as well.
-    """
-
-    number: int
+    first: int
     count: int
     seed: int
     supported: bool = True
-    compiled: bool = False
-
-    @property
-    def own_seed(self) -> int:
-        """The seed that Hypothesis gets."""
-        told = f"{self.seed}/{self.number}/{self.supported}"
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
+    compile_every: int = 0
 
 
 @dataclass
 class Found:
-    """What became of chunks of cases."""
+    """What became of cases. ``wasted`` draws were no valid policy and were drawn again."""
 
     agreed: int = 0
     evicting: int = 0
     compared: int = 0
     evicted: int = 0
     compiled: int = 0
+    wasted: int = 0
     near_ties: int = 0
     ties: list[str] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
@@ -71,51 +64,45 @@ class Found:
 
 def search(chunk: Chunk) -> Found:
     """Run a chunk. Nothing is raised: a counter-example is a failure in words, shrunk."""
-    found, broken = Found(), list[str]()
-    worth_compiling: list[tuple[str, dict[str, Any]]] = []
-
-    @seed(chunk.own_seed)
-    @settings(
-        max_examples=chunk.count,
-        phases=[Phase.generate, Phase.shrink],
-        database=None,
-        deadline=None,
-        derandomize=False,
-        report_multiple_bugs=False,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(policies(supported=chunk.supported), texts())
-    def case(policy: str, text: dict[str, Any]) -> None:
-        try:
-            outcome = agree(policy, text)
-        except Exception:
-            broken.append(reproduction(policy, text, told(chunk, traceback.format_exc(limit=-3))))
-            raise
-        if broken:  # only shrinking follows
-            return
-        found.drawn.update(features(policy, text))
-        found.distinct.add(hash_of(policy, text))
-        found.refused.update(outcome.refused)
-        found.agreed += not outcome.refused
-        found.evicting += outcome.evicted > 0
-        found.compared += outcome.compared
-        found.evicted += outcome.evicted
-        found.near_ties += len(outcome.near_ties)
-        found.ties += outcome.near_ties[: max(0, EXAMPLES - len(found.ties))]
-        if outcome.evicted and len(worth_compiling) < chunk.count:
-            worth_compiling.append((policy, text))
-
-    try:
-        case()
-    except Exception:
-        found.failures.append(broken[-1] if broken else told(chunk, traceback.format_exc()))
-    if chunk.compiled and worth_compiling and not broken:
-        compile_one(chunk, found, *random.Random(chunk.own_seed).choice(worth_compiling))
+    found = Found()
+    for number in range(chunk.first, chunk.first + chunk.count):
+        one_case(chunk, number, found)
     return found
 
 
-def compile_one(chunk: Chunk, found: Found, policy: str, text: dict[str, Any]) -> None:
+def drawn(choices: Choices, supported: bool) -> tuple[str, dict[str, Any]] | None:
+    """A policy and a text; None where no valid policy was drawn."""
+    policy = draw_policy(choices, supported=supported)
+    return None if policy is None else (policy, draw_text(choices))
+
+
+def one_case(chunk: Chunk, number: int, found: Found) -> None:
+    """Draw case ``number``, run it, and note what became of it."""
+    seeded = random.Random(f"{chunk.seed}/{number}/{chunk.supported}")
+    choices = Choices(random=seeded)
+    while (case := drawn(choices, chunk.supported)) is None:
+        found.wasted += 1
+        choices = Choices(random=seeded)
+    policy, text = case
+    found.drawn.update(features(policy, text))
+    found.distinct.add(int.from_bytes(hashlib.blake2b(repr(case).encode(), digest_size=8).digest(), "big"))
+    try:
+        outcome = agree(policy, text)
+    except Exception:
+        found.failures.append(shrunk(chunk, number, choices.taken))
+        return
+    found.refused.update(outcome.refused)
+    found.agreed += not outcome.refused
+    found.evicting += outcome.evicted > 0
+    found.compared += outcome.compared
+    found.evicted += outcome.evicted
+    found.near_ties += len(outcome.near_ties)
+    found.ties += outcome.near_ties[: max(0, EXAMPLES - len(found.ties))]
+    if chunk.compile_every and number % chunk.compile_every == 0 and not outcome.refused:
+        compile_one(chunk, number, found, policy, text)
+
+
+def compile_one(chunk: Chunk, number: int, found: Found, policy: str, text: dict[str, Any]) -> None:
     """A case that agreed when run eagerly, again with its generated passes compiled."""
     import torch
 
@@ -124,15 +111,31 @@ def compile_one(chunk: Chunk, found: Found, policy: str, text: dict[str, Any]) -
         agree(policy, text, compiled=True)
         found.compiled += 1
     except Exception:
-        why = told(chunk, "compiled only (kvpolicy test --compiled)\n" + traceback.format_exc(limit=-3))
+        why = told(chunk, number, "compiled only: kvpolicy test --compiled\n" + traceback.format_exc(limit=-3))
         found.failures.append(reproduction(policy, text, why))
 
 
-def told(chunk: Chunk, why: str) -> str:
+def shrunk(chunk: Chunk, number: int, taken: list[int]) -> str:
+    """The simplest counter-example found from these choices, as a file; any failure will do while it gets simpler."""
+    latest = ""
+
+    def fails(choices: Choices) -> bool:
+        nonlocal latest
+        case = drawn(choices, chunk.supported)
+        if case is None:
+            return False
+        try:
+            agree(*case)
+        except Exception:
+            latest = reproduction(*case, told(chunk, number, traceback.format_exc(limit=-3)))
+            return True
+        return False
+
+    fails(Choices(shrink(taken, fails)))
+    return latest
+
+
+def told(chunk: Chunk, number: int, why: str) -> str:
     """Where a counter-example comes from, and what went wrong."""
-    kind = "" if chunk.supported else ", whole language"
-    return f"found by kvpolicy.lab.fuzz --seed {chunk.seed}, chunk {chunk.number} of {chunk.count} cases{kind}\n{why}"
-
-
-def hash_of(policy: str, text: dict[str, Any]) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{policy}\n{text}".encode(), digest_size=8).digest(), "big")
+    whole = "" if chunk.supported else " --whole"
+    return f"found by: python -m kvpolicy.lab.fuzz --seed {chunk.seed} --case {number}{whole}\n{why}"

@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeVar
 
-from hypothesis import strategies as st
-
 T = TypeVar("T")
-Draw = Callable[[st.SearchStrategy[Any]], Any]
 
-LETTERS = "abcdefgh"
-
-
-@lru_cache(maxsize=256)
-def _integers(low: int, high: int) -> st.SearchStrategy[int]:
-    return st.integers(low, high)
+Source = Callable[[int, int], int]
+"""A whole number between two, both included: all that is ever drawn."""
 
 
 @dataclass
@@ -31,14 +23,14 @@ class Pen:
     ``runs`` says whether a small policy may be drawn from (see support.py); for the whole language it always does.
     """
 
-    draw: Draw
+    source: Source
     runs: Callable[[dict[str, Any]], bool] = lambda document: True
     params: dict[str, dict[str, Any]] = field(default_factory=dict)
     let: dict[str, str] = field(default_factory=dict)
 
     def number(self, low: int, high: int) -> int:
         """A whole number, both ends included; the lowest is the simplest."""
-        return int(self.draw(_integers(low, high)))
+        return self.source(low, high)
 
     def chance(self, one_in: int) -> bool:
         """True once in so many draws; False is simpler."""

@@ -6,12 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import assume
-from hypothesis import strategies as st
-
 from kvpolicy.errors import PolicyError
 from kvpolicy.language import loads_policy
-from kvpolicy.testing.strategies.pen import Pen
+from kvpolicy.testing.strategies.pen import Pen, Source
 from kvpolicy.testing.strategies.pools import Answers, pool
 from kvpolicy.testing.strategies.support import probe, refused, runs, written
 
@@ -35,30 +32,23 @@ LAYOUTS: tuple[dict[str, Any], ...] = (  # pool -> who enters, simple ones first
 )
 
 
-def policies(*, supported: bool = False) -> st.SearchStrategy[str]:
-    """Valid policies from the whole language, as YAML.
+def draw_policy(source: Source, *, supported: bool = False) -> str | None:
+    """A valid policy from the whole language as YAML; None where what was drawn is not one, which is rare.
 
     supported: only such as the runtime runs (``plan.unsupported`` decides).
     """
-    return documents(supported=supported).map(written)
-
-
-@st.composite
-def documents(draw: Any, *, supported: bool = False) -> Document:
-    """The same as plain data."""
-    pen = Pen(draw, runs) if supported else Pen(draw)
+    pen = Pen(source, runs) if supported else Pen(source)
     layouts = [layout for layout in LAYOUTS if pen.runs(as_policy(layout))]
     pools = drawn_pools(pen, pen.pick(layouts))
     document: Document = {"kvpolicy": 1, "name": "drawn", "pools": pools}
     document |= around(pen, pools)
     document |= names_used(pen, written(document))
+    text = written(document)
     try:
-        policy = loads_policy(written(document), "drawn")
+        policy = loads_policy(text, "drawn")
     except PolicyError:
-        assume(False)
-        raise
-    assume(not (supported and refused(policy)))
-    return document
+        return None
+    return None if supported and refused(policy) else text
 
 
 def names_used(pen: Pen, text: str) -> Document:

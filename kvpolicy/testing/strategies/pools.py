@@ -86,7 +86,7 @@ def weight(pen: Pen) -> str:
 
 
 def pool(pen: Pen, name: str, others: Sequence[str], pools: Sequence[str], *, limited: bool = False) -> Answers:
-    """A pool's answers but for who enters; ``others`` are pools whose sizes it may read, ``limited``: it has a budget."""
+    """A pool's answers but for who enters; ``others`` are pools whose sizes it may read, ``limited``: with a budget."""
     answers: Answers = {}
     page = 1
     if pen.chance(3):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from hypothesis import strategies as st
-
 from kvpolicy.testing.patterns import PATTERNS
-from kvpolicy.testing.strategies.pen import Pen
+from kvpolicy.testing.strategies.pen import Pen, Source
 
 Text = dict[str, Any]
 
@@ -16,14 +14,9 @@ DRAWN = ("Tokens", "int", "float")
 """Kinds of arguments that are drawn; a pattern that needs others is left out."""
 
 
-def texts(*, longest: int = 24) -> st.SearchStrategy[Text]:
+def draw_text(source: Source, *, longest: int = 24) -> Text:
     """The `attention:` mapping of a test: a few rows of at most ``longest`` prompt tokens, as many generated ones."""
-    return _texts(longest)
-
-
-@st.composite
-def _texts(draw: Any, longest: int) -> Text:
-    pen = Pen(draw)
+    pen = Pen(source)
     rows = pen.pick((1, 2, 1, 3))
     prompts = [pen.number(1, longest) for _ in range(rows)] if pen.number(0, 15) < 15 else [0] * (rows - 1) + [3]
     steps = pen.number(1, longest)
