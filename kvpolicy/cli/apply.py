@@ -74,7 +74,7 @@ def run(
     with output.busy(f"loading {model}"):
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
     output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device)))}[/]")
-    write = _writer(json)
+    write = writer(json)
     with asked_to_stop() as stop:
         outcome = run_policy(loaded, tokenizer, model, policy, request, write=write, stop=stop)
     write("\n")
@@ -174,7 +174,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _writer(json: bool) -> Any:
+def writer(json: bool) -> Any:
+    """Takes a text piece by piece as it is written: to stdout, or to stderr where that is for a JSON object."""
     stream = sys.stderr if json else sys.stdout
 
     def write(text: str) -> None:

@@ -1,5 +1,6 @@
 """The seam: a policy's cache under the attention of a stock Hugging Face model, and nothing else replaced."""
 
+from kvpolicy.patching.listening import listening
 from kvpolicy.patching.patch import Patch, applied, apply, cache_for, compile_report, patch_of, remove
 from kvpolicy.patching.saving import from_pretrained, recorded_policy
 
@@ -10,6 +11,7 @@ __all__ = [
     "cache_for",
     "compile_report",
     "from_pretrained",
+    "listening",
     "patch_of",
     "recorded_policy",
     "remove",

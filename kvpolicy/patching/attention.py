@@ -20,15 +20,15 @@ from kvpolicy.errors import CacheError, ModelError
 PREFIX = "kvp|"
 
 
-def register(previous: str) -> str:
-    """Register our function over an attention implementation, once per process, and return its name.
+def register(previous: str, prefix: str = PREFIX, function: Callable[..., Any] | None = None) -> str:
+    """Register a function (by default ours) over an attention implementation, once per process, and return its name.
 
     Other caches keep the masks they had: without a mask function of its own name, transformers would make none, and
     padding would be attended to.
     """
-    name = f"{PREFIX}{previous}"
+    name = f"{prefix}{previous}"
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, partial(attend, previous))
+        AttentionInterface.register(name, function or partial(attend, previous))
         if previous in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
     return name
@@ -51,7 +51,7 @@ def attend(
     N tokens are padding was told to the cache when the pass was opened.
     """
     if kv_layer is None:
-        return _fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
+        return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
     return kv_layer.forward(query, key, value, kwargs["scaling"]), None
 
 
@@ -75,7 +75,7 @@ def newest_validity(attention_mask: Any, columns: int) -> Tensor | None:
     )
 
 
-def _fallback(previous: str, module: nn.Module) -> Callable[..., Any]:
+def fallback(previous: str, module: nn.Module) -> Callable[..., Any]:
     """What the model would have called: the registered function, or its own module's for `eager`."""
     if previous in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[previous]
