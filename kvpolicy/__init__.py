@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvpolicy.errors import PolicyError as PolicyError
     from kvpolicy.errors import UsageError as UsageError
     from kvpolicy.language import Policy as Policy
+    from kvpolicy.language import SignalArgument as SignalArgument
+    from kvpolicy.language import SignalDefinition as SignalDefinition
     from kvpolicy.language import load_policy as load_policy
     from kvpolicy.language import loads_policy as loads_policy
     from kvpolicy.patching import applied as applied
@@ -35,7 +37,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # module -> the public names it defines; a test holds this against the imports above
     "errors": ("CacheError", "KvpolicyError", "MissingExtra", "ModelError", "PolicyError", "UsageError"),
-    "language": ("Policy", "load_policy", "loads_policy"),
+    "language": ("Policy", "SignalArgument", "SignalDefinition", "load_policy", "loads_policy"),
     "plan": ("ModelGeometry", "Plan", "make_plan"),
     "runtime": ("DecodeLoop", "PolicyCache", "decode_loop"),
     "patching": ("applied", "apply", "cache_for", "compile_report", "from_pretrained", "remove"),

@@ -12,8 +12,9 @@ from rich.markup import escape
 from kvpolicy.architecture import architectures
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json
+from kvpolicy.errors import UsageError
 from kvpolicy.language import load_policy, shipped_policies
-from kvpolicy.language.signals import SIGNALS, plugin_signals
+from kvpolicy.language.signals import clash, definition, origin, signal_names
 from kvpolicy.models import builtin_models
 
 EPILOG = "Examples: kvpolicy list; kvpolicy list policies --verbose; kvpolicy list --json."
@@ -70,9 +71,15 @@ def policies() -> list[dict[str, Any]]:
 
 
 def signals() -> list[dict[str, Any]]:
-    """What a scorer can rank by; those of plug-ins are named and not loaded."""
-    own = [{"name": name, "summary": signal.meaning, "from": "kvpolicy"} for name, signal in sorted(SIGNALS.items())]
-    return own + [{"name": name, "summary": "", "from": "a plug-in"} for name in sorted(plugin_signals())]
+    """What a scorer can rank by; one of a plug-in that is broken says so."""
+    return [{"name": name, "summary": _meaning(name), "from": origin(name)} for name in signal_names()]
+
+
+def _meaning(signal: str) -> str:
+    try:
+        return "; ".join(filter(None, (definition(signal).meaning, clash(signal))))
+    except UsageError as error:
+        return f"BROKEN: {error}"
 
 
 def models() -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from kvpolicy.language import Quantity
-from kvpolicy.language.signals import SIGNALS
-from kvpolicy.plan import NEEDS, LayerPlan, ModelGeometry, Plan, PoolPlan, ScorerPlan, reads_bounds, scoring_leaves
+from kvpolicy.language.signals import definition
+from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, ScorerPlan, needs, reads_bounds, scoring_leaves
 
 
 def plural(number: int, noun: str) -> str:
@@ -116,14 +116,14 @@ def scorer_words(scorer: ScorerPlan, shape: ModelGeometry) -> str:
 
 
 def _stages(leaf: ScorerPlan, shape: ModelGeometry) -> Iterator[str]:
-    signal = SIGNALS.get(leaf.signal)
+    signal = definition(leaf.signal)
     arguments = ", ".join(f"{key} {_number(value)}" for key, value in leaf.args)
     name = leaf.signal + (f" with {arguments}" if arguments else "")
-    yield f"{name} ({signal.meaning})" if signal else name
-    if signal is None or signal.queries:
+    yield f"{name} ({signal.meaning})"
+    if signal.queries:
         asked = QUERIES.get(str(leaf.queries), f"the newest {leaf.queries} queries, averaged")
         yield f"asked by {asked}"
-        if leaf.over != "cache" and leaf.signal == "attention":
+        if leaf.over != "cache" and signal.softmax:
             yield f"its softmax over {RANKED[leaf.over]}"
         if shape.group > 1:
             reduced = "the logits' maximum" if leaf.heads == "logits-max" else f"the {leaf.heads}"
@@ -155,21 +155,21 @@ def costs(plan: Plan, layer: LayerPlan) -> Iterator[str]:
     """What the scorers of a layer need, and what that costs; nothing where attention runs as it would without them."""
     shape = plan.geometry
     leaves = [(pool, leaf) for pool in layer.pools for leaf in scoring_leaves(pool)]
-    needs = {need: [pair for pair in leaves if need in NEEDS.get(pair[1].signal, ())] for need in ("logits", "bounds")}
-    generated = [(pool, leaf) for pool, leaf in needs["logits"] if pool.cadence]
+    readers = {need: [pair for pair in leaves if need in needs(pair[1].signal)] for need in ("logits", "bounds")}
+    generated = [(pool, leaf) for pool, leaf in readers["logits"] if pool.cadence]
     if generated:
         every = any(leaf.remembers or pool.cadence == 1 for pool, leaf in generated)
         steps = "each step" if every else "steps with an update"
         yield f"the logits of {steps}: attention is computed in the open, not fused"
-    if any(leaf.queries == "all" for _, leaf in needs["logits"]):
+    if any(leaf.queries == "all" for _, leaf in readers["logits"]):
         yield "column sums of the prompt's attention: its logits a second time, in tiles, never whole"
-    elif any("prompt" in pool.admits for pool, _ in needs["logits"]):
+    elif any("prompt" in pool.admits for pool, _ in readers["logits"]):
         yield "the prompt's attention for its newest queries alone"
-    if needs["bounds"]:
+    if readers["bounds"]:
         kept = sum(pool.units for pool in layer.pools if reads_bounds(layer, pool))
         size = 2 * kept * shape.head_dim
         yield f"page bounds: two vectors per page and KV head ({size:,} numbers), and a product with them at every step"
-    for signal in sorted(
-        {leaf.signal for _, leaf in leaves if NEEDS.get(leaf.signal, frozenset()) & {"keys", "values"}}
-    ):
-        yield f"{signal}: a pass over the stored {'values' if signal.startswith('value') else 'keys'} at each update"
+    for signal in sorted({leaf.signal for _, leaf in leaves}):
+        stored = listed(sorted(needs(signal) & {"keys", "values"}))
+        if stored:
+            yield f"{signal}: a pass over the stored {stored} at each update"

@@ -18,7 +18,7 @@ from kvpolicy.language.pool import Pool
 from kvpolicy.language.quantity import Quantity
 from kvpolicy.language.scope import Scope, listed
 from kvpolicy.language.scorer import Scorer
-from kvpolicy.language.signals import SIGNALS
+from kvpolicy.language.signals import definition
 from kvpolicy.language.vocabulary import nearest
 
 
@@ -210,17 +210,15 @@ def check_stages(scorer: Scorer) -> Iterator[tuple[str, Complaint]]:
     if scorer.memory.kind in ("last-hit", "recurrence") and scorer.hit is None:
         hint = "add `hit: {top: 50%}` or `hit: {above: …}`"
         yield "memory", Complaint(f"`{scorer.memory.kind}` remembers hits, but nothing says what a hit is", hint)
-    signal = SIGNALS.get(name)
-    if signal is None:
-        return  # a plug-in knows best
+    signal = definition(name)
     for key in ("queries", "heads"):
         if key in given and not signal.queries:
             yield key, Complaint(f"`{name}` looks at no query, so `{key}` says nothing", "remove it", (), "key")
     ranks = scorer.hit is not None and scorer.hit.top is not None
-    if "over" in given and name != "attention" and not ranks:
+    if "over" in given and not signal.softmax and not ranks:
         reason = f"`{name}` is no softmax and nothing is ranked, so `over` says nothing"
         yield "over", Complaint(reason, "remove it, or add `hit: {top: …}`", (), "key")
-    if scorer.heads == "logits-max" and signal.queries and name != "attention":
+    if scorer.heads == "logits-max" and signal.queries and not signal.softmax:
         yield "heads", Complaint(f"`{name}` has no softmax to go before", "write `heads: max`")
 
 

@@ -19,11 +19,12 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from kvpolicy.language.base import Complaint, KnownMistake, Spelled, Strict, Words
-from kvpolicy.language.nodes import Scalar, shown, typed
+from kvpolicy.errors import UsageError
+from kvpolicy.language.base import Complaint, Spelled, Strict, Words
+from kvpolicy.language.nodes import shown
 from kvpolicy.language.quantity import Quantity
 from kvpolicy.language.scope import ONE, ZERO, Count, FixedNumber, FixedShare, Role, Share
-from kvpolicy.language.signals import SIGNALS, Argument, signal_names
+from kvpolicy.language.signals import SignalArgument, definition, signal_names
 from kvpolicy.language.vocabulary import nearest
 
 
@@ -46,10 +47,14 @@ class Signal(Strict):
         on, path = ("key", (name,)) if isinstance(data, dict) else ("value", ())
         if name not in signal_names():
             raise Complaint(f"no signal is named `{shown(name)}`", nearest(name, signal_names()), path, on)
+        try:
+            known = definition(name).arguments
+        except UsageError as error:  # a plug-in that is broken
+            raise Complaint(str(error), "", path, on) from None
         given = data[name] if isinstance(data, dict) else {}
         if not isinstance(given, dict):
             raise Complaint(f"`{name}` takes its arguments as a mapping", f"as in `{name}: {{…}}`", path)
-        return {"name": str(name), "args": arguments(str(name), given, info)}
+        return {"name": str(name), "args": arguments(str(name), known, given, info)}
 
     @field_serializer("args")
     def _args(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -57,28 +62,33 @@ class Signal(Strict):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        names: list[JsonSchemaValue] = [{"const": name, "description": s.meaning} for name, s in SIGNALS.items()]
-        for name, signal in SIGNALS.items():
+        names: list[JsonSchemaValue] = []
+        for name in signal_names():
+            try:
+                signal = definition(name)
+            except UsageError as error:  # a plug-in that is broken: known by name
+                names.append({"const": name, "description": str(error)})
+                continue
+            names.append({"const": name, "description": signal.meaning})
             if signal.arguments:
                 inner = {key: argument_schema(argument) for key, argument in signal.arguments.items()}
                 value = {"type": "object", "properties": inner, "additionalProperties": False}
                 names.append({"type": "object", "properties": {name: value}, "required": [name], "maxProperties": 1})
-        known = list(SIGNALS)
+        known = signal_names()
         plugin = {"type": "object", "propertyNames": {"not": {"enum": known}}, "minProperties": 1, "maxProperties": 1}
         names += [{"type": "string", "not": {"enum": known}, "description": "a plug-in's signal"}, plugin]
         return {"anyOf": names, "description": (cls.__doc__ or "").strip(), "title": "Signal"}
 
 
-def argument_schema(argument: Argument) -> JsonSchemaValue:
+def argument_schema(argument: SignalArgument) -> JsonSchemaValue:
     shape: JsonSchemaValue = {"enum": list(argument.words)} if argument.words else {"type": ["number", "string"]}
     return {**shape, "description": argument.meaning, "default": str(argument.default)}
 
 
-def arguments(name: str, given: Mapping[str, object], info: ValidationInfo) -> dict[str, object]:
-    """A signal's arguments, with defaults filled in; a plug-in's are taken as they come."""
-    known = SIGNALS[name].arguments if name in SIGNALS else None
-    if known is None:
-        return {key: plugin_argument(value, info) for key, value in given.items()}
+def arguments(
+    name: str, known: Mapping[str, SignalArgument], given: Mapping[str, object], info: ValidationInfo
+) -> dict[str, object]:
+    """A signal's arguments, with defaults filled in."""
     taken: dict[str, object] = {key: argument.default for key, argument in known.items()}
     for key, value in given.items():
         if key not in known:
@@ -98,16 +108,6 @@ def number(value: object, info: ValidationInfo, path: tuple[str | int, ...]) -> 
     except Complaint as complaint:
         complaint.path = path
         raise
-
-
-def plugin_argument(value: object, info: ValidationInfo) -> object:
-    """A plug-in's argument: a quantity if it reads as one, else plain data."""
-    if isinstance(value, (Scalar, int, float, Quantity)) and not isinstance(value, bool):
-        try:
-            return Role("number", "plan").read(value, info)
-        except (Complaint, KnownMistake):
-            return typed(value)
-    return typed(value)
 
 
 class Queries(Spelled):

@@ -9,9 +9,13 @@ reduced over them, and the tokens of a page to their maximum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
+from kvpolicy.errors import UsageError
+from kvpolicy.language.signals import definition, origin, recipe
 from kvpolicy.oracle.text import Array, Page, View
 from kvpolicy.plan import ScorerPlan
 
@@ -122,17 +126,43 @@ def signal(
 
     ``own`` are the pages of the scorer's pool, ``candidates`` its unprotected ones.
     """
-    if leaf.signal in UNIT_SIGNALS:
-        return _over_heads(leaf, _over_queries(leaf, UNIT_SIGNALS[leaf.signal](view, leaf, pages)))
-    if leaf.signal not in TOKEN_SIGNALS:
-        raise ValueError(f"signal {leaf.signal}: known here are {', '.join(sorted(TOKEN_SIGNALS | UNIT_SIGNALS))}")
+    if leaf.signal in UNIT_SIGNALS or (leaf.signal not in TOKEN_SIGNALS and definition(leaf.signal).units):
+        of_units = UNIT_SIGNALS.get(leaf.signal) or plugged_in(leaf.signal)
+        return _over_heads(leaf, _over_queries(leaf, of_units(view, leaf, pages)))
     everything = np.ones(len(view.tokens), dtype=bool)
     over = {"cache": everything, "pool": view.holds(own), "candidates": view.holds(candidates)}[leaf.over]
     ranked = view.holds(own if leaf.signal == "key-anchor" else pages)
-    tokens = TOKEN_SIGNALS[leaf.signal](view, leaf, over & view.read, ranked)
+    of_tokens = TOKEN_SIGNALS.get(leaf.signal) or plugged_in(leaf.signal)
+    tokens = of_tokens(view, leaf, over & view.read, ranked)
     tokens = _over_heads(leaf, _over_queries(leaf, tokens))
     columns, starts = view.columns(pages)
     return np.maximum.reduceat(tokens[columns], starts)
+
+
+@cache
+def plugged_in(name: str) -> Callable[..., Array]:
+    """The NumPy recipe of a plug-in's signal, whose results are checked. Raises UsageError where there is none."""
+    function, whose = recipe(name, "numpy"), f"the NumPy recipe of the signal `{name}` of {origin(name)}"
+    if function is None:
+        raise UsageError(f"{whose} is missing: without it nothing says what the signal means")
+
+    def checked(view: View, leaf: ScorerPlan, *given: Any) -> Array:
+        try:
+            values = np.asarray(function(view, leaf, *given), dtype=float)
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise UsageError(f"{whose} failed: {type(error).__name__}: {error}") from error
+        count = len(given[0]) if definition(name).units else len(view.tokens)
+        if values.ndim not in (1, 3) or values.shape[-1] != count:
+            what = "unit" if definition(name).units else "token"
+            raise UsageError(
+                f"{whose} gives {values.shape}, and a number for each of the {count} {what}s is wanted: [{what}s], or "
+                f"[query heads of the KV head, queries, {what}s]"
+            )
+        if not np.isfinite(values).all():
+            raise UsageError(f"{whose} gives numbers that are not finite")
+        return values
+
+    return checked
 
 
 def _over_queries(leaf: ScorerPlan, values: Array) -> Array:

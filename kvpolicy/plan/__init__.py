@@ -2,7 +2,7 @@
 
 from kvpolicy.plan.build import make_plan
 from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
-from kvpolicy.plan.signals import NEEDS, layer_needs, reads_bounds, scoring_leaves
+from kvpolicy.plan.signals import layer_needs, needs, reads_bounds, scoring_leaves
 from kvpolicy.plan.structure import (
     Buffer,
     LayerPlan,
@@ -17,7 +17,6 @@ from kvpolicy.plan.support import check_supported, unsupported
 
 __all__ = [
     "DTYPE_BYTES",
-    "NEEDS",
     "Buffer",
     "LayerPlan",
     "ModelGeometry",
@@ -30,6 +29,7 @@ __all__ = [
     "check_supported",
     "layer_needs",
     "make_plan",
+    "needs",
     "reads_bounds",
     "scoring_leaves",
     "unsupported",

@@ -198,7 +198,11 @@ def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: Path) -> S
 
 
 def _argument(policy: Policy, value: object, known: Known, where: Path) -> object:
-    return _number(policy, value, known, where) if isinstance(value, Quantity) else value
+    """An argument as recipes get it: an int, a float or a word."""
+    if not isinstance(value, Quantity):
+        return value
+    number = _number(policy, value, known, where)
+    return number.numerator if number.denominator == 1 else float(number)
 
 
 def _fold(quantity: Quantity | None, known: Known) -> Quantity | None:

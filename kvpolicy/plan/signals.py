@@ -1,24 +1,16 @@
-"""What each built-in signal needs from attention, and what a plan's scorers need together."""
+"""What signals need from attention, and what a plan's scorers need together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvpolicy.language.signals import definition
 from kvpolicy.plan.structure import LayerPlan, PoolPlan, ScorerPlan
 
-# What a signal reads. "logits": scaled q.k of the queries that score, before any softmax (attention takes its softmax
-# from them). "bounds": the channel-wise extremes of each page's keys. "drawn": a number drawn when the unit enters.
-NEEDS: dict[str, frozenset[str]] = {
-    "attention": frozenset({"logits"}),
-    "attention-logit": frozenset({"logits"}),
-    "page-bound": frozenset({"bounds"}),
-    "recency": frozenset(),
-    "random": frozenset({"drawn"}),
-    "key-norm": frozenset({"keys"}),
-    "value-norm": frozenset({"values"}),
-    "key-anchor": frozenset({"keys"}),
-    "key-similarity": frozenset({"keys"}),
-}
+
+def needs(signal: str) -> frozenset[str]:
+    """What a signal reads, of ``kvpolicy.language.signals.NEEDS``."""
+    return frozenset(definition(signal).needs)
 
 
 def scoring_leaves(pool: PoolPlan) -> Iterator[ScorerPlan]:
@@ -29,14 +21,14 @@ def scoring_leaves(pool: PoolPlan) -> Iterator[ScorerPlan]:
 
 def layer_needs(layer: LayerPlan) -> frozenset[str]:
     """Everything the scorers of a layer read."""
-    needs: set[str] = set()
+    found: set[str] = set()
     for pool in layer.pools:
         for leaf in scoring_leaves(pool):
-            needs |= NEEDS.get(leaf.signal, frozenset())
+            found |= needs(leaf.signal)
         if pool.read is not None:
             for leaf in pool.read.scorer.leaves():
-                needs |= NEEDS.get(leaf.signal, frozenset())
-    return frozenset(needs)
+                found |= needs(leaf.signal)
+    return frozenset(found)
 
 
 def reads_bounds(layer: LayerPlan, pool: PoolPlan) -> bool:
@@ -46,6 +38,6 @@ def reads_bounds(layer: LayerPlan, pool: PoolPlan) -> bool:
     for other in layer.pools:
         leaves = list(scoring_leaves(other)) + (list(other.read.scorer.leaves()) if other.read else [])
         for leaf in leaves:
-            if leaf.signal == "page-bound" and (other is pool or (leaf.over == "cache" and leaf.hit is not None)):
+            if "bounds" in needs(leaf.signal) and (other is pool or (leaf.over == "cache" and leaf.hit is not None)):
                 return True
     return False

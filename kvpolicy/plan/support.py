@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvpolicy.errors import UsageError
-from kvpolicy.plan.signals import NEEDS
+from kvpolicy.language.signals import SIGNALS, definition, origin
 from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ScorerPlan
 
 
@@ -59,7 +59,7 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
 def _leaf(leaf: ScorerPlan) -> Iterator[str]:
     if leaf.queries not in ("current", "all"):
         yield "queries {last: …}"
-    if leaf.signal not in NEEDS:
-        yield f"signal {leaf.signal} of a plug-in"
+    if leaf.signal not in SIGNALS and definition(leaf.signal).torch is None:
+        yield f"signal {leaf.signal}, which {origin(leaf.signal)} gives no torch recipe"
     if leaf.signal == "key-similarity":
         yield "signal key-similarity"

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.attention import attend_prompt, attend_slots
 from kvpolicy.errors import CacheError
-from kvpolicy.plan import NEEDS, LayerPlan, ModelGeometry, PoolPlan, scoring_leaves
+from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.evict import drop_all_at_once, drop_some, record_size
 from kvpolicy.runtime.packing import pack
@@ -259,7 +259,7 @@ def _reads_logits(layer: LayerPlan, kind: str) -> bool:
     single = any(pool.page == 1 for pool in layer.pools)
     for pool in layer.pools:
         for leaf in scoring_leaves(pool) if pool.cadence > 0 else ():
-            needs = NEEDS[leaf.signal]
-            if (leaf.remembers or kind == UPDATE) and ("logits" in needs or (single and "bounds" in needs)):
+            read = needs(leaf.signal)
+            if (leaf.remembers or kind == UPDATE) and ("logits" in read or (single and "bounds" in read)):
                 return True
     return False

@@ -12,7 +12,7 @@ from kvpolicy.plan import PoolPlan, ScorerPlan, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.quantities import Whole, floored, share_of
 from kvpolicy.runtime.state import LayerState
-from kvpolicy.scorers import SIGNALS
+from kvpolicy.scorers import SIGNALS, find
 from kvpolicy.scorers.memory import CLOCKED, fold, recall
 from kvpolicy.scorers.place import drawn
 from kvpolicy.scorers.sight import Leaf, Sight
@@ -31,6 +31,8 @@ class PoolPolicy:
         self.name = plan.name
         self.scorer = plan.scorer
         self.leaves = [Leaf.of(leaf, number, plan.name) for number, leaf in enumerate(scoring_leaves(plan))]
+        for leaf in self.leaves:
+            find(leaf.signal)
         self.budget = plan.budget.tree if plan.budget is not None else None
         self.window = plan.window.tree if plan.window is not None else None
         self.first = plan.first.tree if plan.first is not None else None

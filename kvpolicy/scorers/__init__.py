@@ -7,9 +7,9 @@ U units of a pool, D head size.
 import importlib
 import pkgutil
 
-from kvpolicy.scorers.registry import SIGNALS, signal
+from kvpolicy.scorers.registry import SIGNALS, find, signal
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["SIGNALS", "signal"]
+__all__ = ["SIGNALS", "find", "signal"]

@@ -24,14 +24,14 @@ def key_norm(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
 @signal("value-norm")
 def value_norm(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     """L2 norm of the value; of a page, its largest."""
-    values = sight.state.values[:, :, sight.state.span(pool)].float()
-    return sight.state.page_max(pool, values.norm(dim=-1))
+    return sight.state.page_max(pool, sight.unit_values(pool).norm(dim=-1))
 
 
 @signal("key-anchor")
 def key_anchor(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
-    """Cosine of each key with the mean direction of the resident keys."""
-    resident = sight.state.position[:, :, sight.state.span(pool), None] >= 0
-    directions = F.normalize(sight.unit_keys(pool), dim=-1).masked_fill(~resident, 0.0)
-    anchor = directions.sum(2, keepdim=True) / resident.sum(2, keepdim=True).clamp(min=1)
+    """Cosine of each key with the mean direction of the resident keys, whose length plays no part."""
+    own = sight.state.pools[leaf.pool]  # the anchor is of the scorer's pool, whichever pool's units are ranked
+    resident = sight.state.position[:, :, sight.state.span(own), None] >= 0
+    anchor = F.normalize(sight.unit_keys(own), dim=-1).masked_fill(~resident, 0.0).sum(2, keepdim=True)
+    directions = F.normalize(sight.unit_keys(pool), dim=-1)
     return sight.state.page_max(pool, (directions * F.normalize(anchor, dim=-1)).sum(-1))

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kvpolicy.attention import column_sums, scaled_logits
+from kvpolicy.errors import UsageError
 from kvpolicy.plan import PoolPlan, ScorerPlan
 
 
@@ -97,6 +98,10 @@ class Sight:
         """Keys of a pool by slot [B, K, U * page, D] in float32."""
         return self.state.keys[:, :, self.state.span(pool)].float()
 
+    def unit_values(self, pool: PoolPlan) -> Tensor:
+        """Values of a pool by slot [B, K, U * page, D] in float32."""
+        return self.state.values[:, :, self.state.span(pool)].float()
+
 
 def reduce_heads(by_head: Tensor, how: str) -> Tensor:
     """Reduce the G query heads of a KV head (dimension 2)."""
@@ -131,6 +136,7 @@ class NewestQuery(Sight):
         return cls(state, scaling, {}, query, logits, masked_softmax(logits, None))
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        self._check_logits(leaf)
         span = self.state.span(pool)
         domain = self.domain(pool, leaf)
         if leaf.heads == "logits-max":
@@ -140,6 +146,7 @@ class NewestQuery(Sight):
         return reduce_heads(masked_softmax(self.all_logits, domain[:, :, None])[..., span], leaf.heads)
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        self._check_logits(leaf)
         return reduce_heads(finite(self.all_logits[..., self.state.span(pool)]), leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
@@ -152,6 +159,13 @@ class NewestQuery(Sight):
             query.clamp(max=0), low.transpose(2, 3)
         )
         return reduce_heads(bound.float(), leaf.heads)
+
+    def _check_logits(self, leaf: Leaf) -> None:
+        """A pass has no logits unless the plan knew that a signal reads them; only a plug-in's can have kept quiet."""
+        if self.all_logits is None:
+            raise UsageError(
+                f"the signal `{leaf.signal}` reads logits, and its definition does not say so: needs logits"
+            )
 
 
 @dataclass

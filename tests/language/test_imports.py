@@ -6,6 +6,9 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
+import pytest
+
+from kvpolicy.errors import PolicyError
 from kvpolicy.language import loads_policy, signals
 
 PROGRAM = """
@@ -24,17 +27,14 @@ def test_nothing_heavy_is_imported():
     assert done.stdout.strip() == "[]"
 
 
-def test_signals_of_plugins_are_names_only(monkeypatch):
-    entry = EntryPoint("gate", "a_package_that_is_not_installed:Gate", signals.ENTRY_POINTS)
+def test_a_plugin_is_not_loaded_before_a_policy_names_its_signal(monkeypatch):
+    entry = EntryPoint("gate", "a_package_that_is_not_installed:GATE", signals.ENTRY_POINTS)
     monkeypatch.setattr(signals, "entry_points", lambda group: [entry] if group == signals.ENTRY_POINTS else [])
-    signals.plugin_signals.cache_clear()
+    signals.plugin_entries.cache_clear()
+    text = "kvpolicy: 1\nname: x\npools: {all: {admit: all, budget: 9, scorer: {signal: %s}}}\n"
     try:
-        policy = loads_policy(
-            "kvpolicy: 1\nname: x\nparams: {w: {default: 3, help: width}}\n"
-            "pools: {all: {admit: all, budget: 9, scorer: {signal: {gate: {width: w, mode: fast, on: true}}}}}\n"
-        )
+        assert loads_policy(text % "key-norm").pools["all"].scorer.signal.name == "key-norm"
+        with pytest.raises(PolicyError, match=r"3:55: the signal `gate` of .* cannot be loaded from .*: ModuleNotFoundError"):
+            loads_policy(text % "gate")
     finally:
-        signals.plugin_signals.cache_clear()
-    signal = policy.pools["all"].scorer.signal
-    assert signal.name == "gate" and signal.args["width"].constant == 3
-    assert signal.args["mode"] == "fast" and signal.args["on"] is True
+        signals.plugin_entries.cache_clear()
