@@ -102,7 +102,7 @@ def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
     known = architecture_of(model.config.model_type).governs(config)
     for layer in asked:
         if layer not in known:
-            why = "attends through a sliding window" if layer < config.num_hidden_layers else "is not there"
+            why = "attends through a sliding window" if 0 <= layer < config.num_hidden_layers else "is not there"
             last = config.num_hidden_layers - 1
             raise ModelError(f"layer {layer} {why}; this model's layers are 0..{last}, give others with --layers")
     if not known:
