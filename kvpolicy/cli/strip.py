@@ -73,7 +73,7 @@ def part(simulation: Simulation, width: int) -> Iterator[Text]:
         kept = f"{simulation.mean_mass:.1%} on average, worst {simulation.min_mass:.1%}"
         yield Text(f"all {len(simulation.courses)} KV heads: {kept}")
         place = f"layer {worst.layer}, row {worst.row}, KV head {worst.head}, t = {worst.t[worst.worst]}"
-        yield Text(f"  the worst in {place}", style="dim")
+        yield Text(f"  worst: {place}", style="dim")
 
 
 def picture(course: Course, width: int) -> Iterator[Text]:
@@ -135,9 +135,9 @@ def _occupancy(course: Course, number: int) -> str:
 def _losses(course: Course, width: int) -> Iterator[Text]:
     """What was wanted after it had left, the dearest first."""
     gone = int(course.evicted.sum())
-    said = f"{plural(gone, 'token')} evicted in {plural(int((course.evicted > 0).sum()), 'update')}"
+    said = f"{gone:,} evicted in {plural(int((course.evicted > 0).sum()), 'update')}"
     if not course.losses:
-        yield Text(said + (", none of them wanted later" if gone else ""))
+        yield Text(said + (", none wanted later" if gone else ""))
         return
     yield Text(said + ", wanted later:")
     yield Text(f"  {'tokens':<13}{'left at t':>12}{'wanted at t':>13}{'lost':>8}", style="dim")

@@ -77,7 +77,7 @@ def source(pattern: str | None, test: str | None, trace: str | None, policy: Pol
         raise UsageError(reason if named else f"{reason} --pattern, --test or --trace gives one, {SPELLING}")
     if pattern is not None:
         arguments = read_pattern(pattern)
-        return Source(f"pattern {title(arguments)}", "--pattern", arguments)
+        return Source(title(arguments), "--pattern", arguments)
     if trace is not None:
         return Source(f"trace {shown(trace)}", "--trace", {"trace": trace})
     number = test_number(str(test), policy)
@@ -87,9 +87,20 @@ def source(pattern: str | None, test: str | None, trace: str | None, policy: Pol
 
 
 def title(arguments: Mapping[str, Any]) -> str:
-    """A pattern and its arguments, for a reader."""
-    rest = ", ".join(f"{key} {shown(value)}" for key, value in arguments.items() if key != "pattern")
-    return f"{arguments['pattern']}{': ' if rest else ''}{rest}"
+    """A pattern and its arguments, for a reader; of a mixture, its parts."""
+    rest = {key: value for key, value in arguments.items() if key not in ("pattern", "parts")}
+    said = ", ".join(f"{key} {_plain(value)}" for key, value in rest.items())
+    parts = arguments.get("parts")
+    if isinstance(parts, list) and all(isinstance(part, dict) and "pattern" in part for part in parts):
+        return " + ".join(title(part) for part in parts) + (f"; {said}" if said else "")
+    return f"{shown(arguments['pattern'])}{f' ({said})' if said else ''}"
+
+
+def _plain(value: Any) -> str:
+    """A value without brackets and quotes."""
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return " and ".join(map(_plain, value)) if isinstance(value, list) else shown(value)
 
 
 def test_number(asked: str, policy: Policy) -> int:

@@ -45,7 +45,7 @@ def chart(simulations: Sequence[Simulation], title: str) -> bytes:
     from matplotlib.figure import Figure
 
     columns = len(simulations)
-    lines = textwrap.wrap(title, 62 * columns)
+    lines = textwrap.wrap(title, 52 * columns)
     figure = Figure(figsize=(INCHES * columns + 0.4, 6.4 + 0.25 * len(lines)), dpi=DPI, layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=11)
     grid = figure.subplots(
@@ -56,7 +56,7 @@ def chart(simulations: Sequence[Simulation], title: str) -> bytes:
         tokens, counts, mass = grid[:, column]
         tokens.set_title(f"{simulation.label}: keeps {course.mean_mass:.1%} of the attention", fontsize=11)
         _tokens(tokens, course)
-        _counts(counts, course)
+        _counts(counts, course, max(other.shown.highest for other in simulations))
         _mass(mass, course)
         if not column:
             tokens.set_ylabel("token (position)")
@@ -95,8 +95,8 @@ def image(course: Course) -> Array:
     return pixels.astype(np.uint8)
 
 
-def _counts(axes: Axes, course: Course) -> None:
-    """Pools one upon the other, each with its budget upon those below it."""
+def _counts(axes: Axes, course: Course, top: int) -> None:
+    """Pools one upon the other, each with its budget upon those below it; 0..``top`` tokens."""
     edges, floor = _edges(course), np.zeros(len(course.t))
     for number in range(len(course.pools)):
         ceiling = floor + course.resident[number]
@@ -106,8 +106,7 @@ def _counts(axes: Axes, course: Course) -> None:
             floor + course.budget[number], edges, baseline=None, color=INK, linestyle=(0, (4, 2)), linewidth=1.2
         )
         floor = ceiling
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.08 * top)
 
 
 def _mass(axes: Axes, course: Course) -> None:

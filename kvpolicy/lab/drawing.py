@@ -46,7 +46,7 @@ def occupancy(course: Course, top: int) -> str:
     """Tokens in each pool, one upon the other, and dashed the budgets, each upon the pools below it; 0..``top``."""
     moments, scale = len(course.t), (LOW - 4) / top  # room for the stroke of a budget at the top
     across = WIDE / moments
-    paths, floor = [], np.zeros(moments)
+    paths, budgets, floor = [], [], np.zeros(moments)
     for number in range(len(course.pools)):
         ceiling = floor + course.resident[number]
         outline = _steps(LOW - ceiling * scale, across) + "L" + _steps(LOW - floor * scale, across, back=True)[1:] + "z"
@@ -55,9 +55,9 @@ def occupancy(course: Course, top: int) -> str:
         known = np.flatnonzero(~np.isnan(budget))
         if len(known):
             line = _steps(LOW - budget[known] * scale, across, start=int(known[0]))
-            paths.append(f'<path class="budget" d="{line}"/>')
+            budgets.append(f'<path class="halo" d="{line}"/><path class="budget" d="{line}"/>')
         floor = ceiling
-    return svg("Tokens held in each pool over time, and the budgets", LOW, "".join(paths))
+    return svg("Tokens held in each pool over time, and the budgets", LOW, "".join(paths + budgets))
 
 
 def mass(course: Course) -> str:

@@ -63,7 +63,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Loss:
-    """Neighbours that were evicted and wanted later.
+    """Neighbours that were evicted and, at one moment at least, wanted together.
 
     ``left``: the first and the last t at which they went; ``wanted``: the t at which one of them was next wanted;
     ``times``: at how many moments one of them was; ``cost``: the share of all the attention of generated tokens that
@@ -127,6 +127,13 @@ class Course:
     @property
     def min_mass(self) -> float:
         return float(self.mass[self.worst])
+
+    @property
+    def highest(self) -> int:
+        """The most tokens that are held at any moment, or allowed by budgets, pools one upon the other."""
+        held = np.cumsum(self.resident, axis=0)
+        allowed = held - self.resident + np.nan_to_num(self.budget)
+        return max(1, int(held.max()), int(allowed.max()))
 
     @property
     def never_wanted(self) -> float:
@@ -299,7 +306,7 @@ class _Writer:
         )
 
     def _losses(self, missed: Runs, t: Array) -> tuple[Loss, ...]:
-        """Neighbours that were next wanted at the same moment, together."""
+        """Neighbours that were missed at one moment at least, together."""
         first: dict[int, int] = {}
         times: dict[int, set[int]] = {}
         for token, start, stop in zip(missed.token.tolist(), missed.start.tolist(), missed.stop.tolist(), strict=True):
@@ -307,7 +314,7 @@ class _Writer:
             times.setdefault(token, set()).update(range(start, stop))
         groups: list[list[int]] = []
         for token in sorted(first):
-            if groups and token == groups[-1][-1] + 1 and first[token] == first[groups[-1][-1]]:
+            if groups and token == groups[-1][-1] + 1 and times[token] & times[groups[-1][-1]]:
                 groups[-1].append(token)
             else:
                 groups.append([token])
@@ -316,7 +323,7 @@ class _Writer:
             Loss(
                 tokens=tuple(group),
                 left=(int(t[self.left[group].min()]), int(t[self.left[group].max()])),
-                wanted=int(t[first[group[0]]]),
+                wanted=int(t[min(first[token] for token in group)]),
                 times=len(set().union(*(times[token] for token in group))),
                 cost=float(self.missed[group].sum()) / generated,
             )

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 
-import numpy as np
-
 from kvpolicy.lab import drawing
 from kvpolicy.lab.palette import shade
 from kvpolicy.lab.simulation import WANTED, Course, Loss, Simulation
@@ -85,7 +83,7 @@ def _key(drawn: str, words: str) -> str:
 
 def _section(simulation: Simulation, name: str, all_of_them: Sequence[Simulation]) -> str:
     course = simulation.shown
-    top = max(_most(other.shown) for other in all_of_them)
+    top = max(other.shown.highest for other in all_of_them)
     others = ""
     if len(simulation.courses) > 1:
         others = (
@@ -128,7 +126,7 @@ def _chart(caption: str, drawn: str, ticks: Sequence[object], course: Course, to
 
 
 def _tick(side: str, share: float, words: str) -> str:
-    place = {0: ' class="first"', 1: ' class="last"'}.get(share, "")
+    place = ' class="first"' if share == 0 else ' class="last"' if share == 1 else ""
     return f'<span{place} style="{side}:{100 * share:.1f}%">{escape(words)}</span>'
 
 
@@ -152,13 +150,6 @@ def _row(loss: Loss) -> tuple[str, str, str, str]:
         return str(first) if first == last else f"{first}–{last}"
 
     return span(loss.tokens[0], loss.tokens[-1]), span(*loss.left), str(loss.wanted), f"{loss.cost:.1%}"
-
-
-def _most(course: Course) -> int:
-    """The highest level of an occupancy chart: of what is held, and of what is allowed."""
-    held = np.cumsum(course.resident, axis=0)
-    allowed = held - course.resident + np.nan_to_num(course.budget)
-    return max(1, int(held.max()), int(allowed.max()))
 
 
 def _facts(course: Course) -> str:

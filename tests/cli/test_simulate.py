@@ -186,7 +186,7 @@ def test_the_picture_in_the_terminal(mine: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "\x1b[" not in said
     lines = said.splitlines()
-    assert lines[0] == "pattern phoenix: at 2, from 18, steps 20, heads 2, kv heads 1, layers 1, prompt 6"
+    assert lines[0] == "phoenix (at 2, from 18), steps 20, heads 2, kv heads 1, layers 1, prompt 6"
     rows = {int(line.split()[0]): line for line in lines if re.match(r" +\d+  [█▒░·×]", line)}
     assert sorted(rows) == list(range(21))
     assert rows[0].split()[1:] == ["▒▒▒▒▒▒", "6", "100%"]
@@ -394,3 +394,16 @@ def test_watching_a_file(mine: Path, tmp_path: Path) -> None:
         watcher.kill()
         watcher.wait()
     assert "Traceback" not in said.read_text()
+
+
+# The documented pictures
+
+
+def test_the_pictures_are_there_and_the_page_says_how_to_make_them() -> None:
+    text = (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^]]+\]\((pictures/[^)]+)\)", text)
+    assert {f"pictures/{path.name}" for path in (ROOT / "docs" / "pictures").iterdir()} == set(pictures)
+    for picture in pictures:
+        data = (ROOT / "docs" / picture).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) < 150_000
+        assert f"--png {Path(picture).name}" in text
