@@ -112,7 +112,7 @@ def cache_for(
     """A fresh cache to pass as `past_key_values` where the model is called without `generate`.
 
     Args:
-        prompt: as in `kvpolicy.make_plan`: a row's prompt tokens, or (fewest at the end of its first turn, most in all).
+        prompt: as in `kvpolicy.make_plan`: prompt tokens of a row, or (fewest when its first turn ends, most in all).
         max_new_tokens: generated tokens of a row, over all turns.
         batch: rows.
         turns: prompt turns the cache will see.
