@@ -100,8 +100,8 @@ SIGNALS: dict[str, SignalDefinition] = {
     "key-similarity": SignalDefinition(
         "how redundant the key is: its mean cosine with the others of its pool; a negative weight keeps what is not",
         arguments={
-            "above": SignalArgument("cosines up to this count as 0", 0.5),
-            "keep": SignalArgument("which of several similar keys is not counted as redundant", "newest", ("newest",)),
+            "above": SignalArgument("keys with a greater cosine are copies of one another", 0.5),
+            "keep": SignalArgument("which copy of a key counts nothing towards its redundancy", "newest", ("newest",)),
         },
         needs={"keys"},
     ),
