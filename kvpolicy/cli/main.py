@@ -23,6 +23,7 @@ VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported wh
     "validate",
     "simulate",
     "test",
+    "new",
     "trace",
     "list",
     "schema",
