@@ -49,6 +49,7 @@ class OracleLayer:
         self.special: list[bool] = []
         self.t = self.prompt_len = 0
         self.in_turn = False
+        self.heard = 0  # tokens of this turn, or of this generated pass
 
     def step(
         self,
@@ -104,12 +105,14 @@ class OracleLayer:
         if kind == "generated" and (new != 1 or self.in_turn):
             raise ValueError("a generated pass brings one token a row, and only when its prompt turn has ended")
         if kind == "prompt" and not self.in_turn:
+            self.heard = 0
             for pool in self._pools():
                 pool.open = False
         self.in_turn = kind == "prompt" and more
         self.t += new if kind == "generated" else 0
         self.prompt_len += new if kind == "prompt" else 0
-        self.now = Pass(kind, new, fires=new > 0 and (not self.in_turn or self.updates_chunks))
+        self.heard = new if kind == "generated" else self.heard + new
+        self.now = Pass(kind, new, fires=self.heard > 0 and (not self.in_turn or self.updates_chunks))
 
     def _admit(self, special: Sequence[bool] | None, modality: Sequence[str | None] | None) -> None:
         """1. Pools are read top-down; the first that admits a token takes it."""

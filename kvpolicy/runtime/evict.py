@@ -92,14 +92,23 @@ def _mark_survivors(pool: PoolPlan, state: LayerState, due: Tensor | None) -> No
 
 
 def drop_all_at_once(
-    policy: PoolPolicy, state: LayerState, values: Mapping[str, Whole], score: Tensor, candidate: Tensor
+    policy: PoolPolicy,
+    state: LayerState,
+    values: Mapping[str, Whole],
+    score: Tensor,
+    candidate: Tensor,
+    spoken: Tensor,
 ) -> None:
-    """The update that ends a prompt turn, on the turn's workspace: any number of units go; rings are laid later."""
+    """The update that ends a prompt turn, on the turn's workspace: any number of units go; rings are laid later.
+
+    Rows that brought no token to the turn, not ``spoken`` [B], are not updated.
+    """
     pool = state.pools[policy.name]
     excess = excess_units(policy, pool.page, state.resident_units(pool).sum(-1), values)
+    excess = torch.where(spoken[:, None], excess, 0)
     rank = drop_keys(pool, state, score, candidate).argsort(-1).argsort(-1)
     gone = (rank < excess[..., None]) & candidate
     slots = state.position[:, :, state.span(pool)]
     slots.masked_fill_(gone[..., None].expand(-1, -1, -1, pool.page).flatten(2), -1)
     if pool.pin_survivors:
-        _mark_survivors(pool, state, None)
+        _mark_survivors(pool, state, spoken)

@@ -170,7 +170,7 @@ class PolicyLayer(CacheLayerMixin):
         self.policies[pool.name].enter(state, clocks, unit, opens)
 
     def _learn_and_drop(self, sight: Sight, update: bool) -> None:
-        """Steps 4 and 5 of a generated pass: every pool observes and scores before any drops."""
+        """Steps 4 and 5 of a generated pass: every pool observes before any drops, and scores when its turn comes."""
         state, clocks = self.state, self.clocks
         sights = {"current": sight, "all": sight}
         values = readings(state, clocks)
@@ -178,16 +178,15 @@ class PolicyLayer(CacheLayerMixin):
         for policy in working:
             if update or policy.remembers:
                 sight.candidates[policy.name] = policy.candidates(state, clocks, values)
-        scores: dict[str, Tensor] = {}
         for policy in working:
             policy.observe(sights, clocks, values)
-            if update:
-                scores[policy.name] = policy.score(sights, clocks, values)
         for pool in self.ordered:
-            if pool.name in scores:
-                policy = self.policies[pool.name]
-                candidate = sight.candidates[pool.name]
-                drop_some(policy, state, clocks, readings(state, clocks), scores[pool.name], candidate)
+            if update and pool.evicts and pool.cadence > 0:
+                policy, values = self.policies[pool.name], readings(state, clocks)
+                if policy.guards_by_size:
+                    sight.candidates[pool.name] = policy.candidates(state, clocks, values)
+                score = policy.score(sights, clocks, values)
+                drop_some(policy, state, clocks, values, score, sight.candidates[pool.name])
             if pool.size_read and pool.cadence > 0 and (update or not pool.evicts):
                 record_size(pool, state, clocks)
 
@@ -221,18 +220,20 @@ class PolicyLayer(CacheLayerMixin):
         values = readings(wide, clocks)
         candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
         sights, active = self._prompt_sights(query, wide, scaling, candidates)
-        scores: dict[str, Tensor] = {}
         for policy in working:
             policy.observe(sights, clocks, values, active)
-            if last:
-                scores[policy.name] = policy.score(sights, clocks, values)
+        spoken = clocks.turn_tokens > 0  # a row that brought nothing to this turn has had none
         for pool in self.ordered if last else ():
             if pool.evicts:
-                policy = self.policies[pool.name]
-                drop_all_at_once(policy, wide, readings(wide, clocks), scores[pool.name], candidates[pool.name])
+                policy, values = self.policies[pool.name], readings(wide, clocks)
+                if policy.guards_by_size:
+                    candidates[pool.name] = policy.candidates(wide, clocks, values)
+                score = policy.score(sights, clocks, values)
+                drop_all_at_once(policy, wide, values, score, candidates[pool.name], spoken)
             if pool.size_read:
                 units = wide.resident_units(wide.pools[pool.name]).sum(-1)
-                wide.tensors[f"{pool.name}.size"].copy_(units * pool.page)
+                size = wide.tensors[f"{pool.name}.size"]
+                size.copy_(torch.where(spoken[:, None], units * pool.page, size))
 
     def _prompt_sights(
         self, query: Tensor, wide: LayerState, scaling: float, candidates: dict[str, Tensor]
@@ -241,7 +242,8 @@ class PolicyLayer(CacheLayerMixin):
         position = self.moment.position
         assert position is not None
         active = (position >= 0).any(1)
-        sights: dict[str, Sight] = {"all": EveryQuery(wide, scaling, candidates, query, position)}
+        before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
+        sights: dict[str, Sight] = {"all": EveryQuery(wide, scaling, candidates, query, position, before)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
             return sights, active
         newest = position.argmax(1)

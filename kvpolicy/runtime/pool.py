@@ -37,6 +37,8 @@ class PoolPolicy:
         self.window = plan.window.tree if plan.window is not None else None
         self.first = plan.first.tree if plan.first is not None else None
         self.remembers = any(leaf.memory != "none" for leaf in self.leaves)
+        limits = (plan.window, plan.first)
+        self.guards_by_size = any(name.startswith("size(") for limit in limits if limit for name in limit.names)
 
     def protected(self, state: LayerState, clocks: Clocks, values: Mapping[str, Whole]) -> Tensor | None:
         """Units that may not be dropped [B, K, U]; None where the pool protects nothing. Empty units may be named."""
@@ -95,7 +97,10 @@ class PoolPolicy:
                 tensor[rows, heads, unit] = fresh
         if pool.pin_survivors and pool.evicts:
             survivor = state.tensors[f"{pool.name}.survivor"]
-            survivor[rows, heads, unit] = torch.zeros_like(unit, dtype=torch.bool)
+            joined = torch.zeros_like(unit, dtype=torch.bool)
+            if opens is not None:  # who joins a page that has survived does not endanger it
+                joined = survivor[rows, heads, unit] & ~opens[:, None]
+            survivor[rows, heads, unit] = joined
 
     def observe(
         self,

@@ -12,7 +12,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from kvpolicy.attention import column_sums, scaled_logits
@@ -170,10 +169,14 @@ class NewestQuery(Sight):
 
 @dataclass
 class EveryQuery(Sight):
-    """All queries of a prompt pass, summed: ``query`` [B, Q, N, D] at ``query_position`` [B, N] (-1 for padding)."""
+    """All queries of a prompt pass, summed: ``query`` [B, Q, N, D] at ``query_position`` [B, N] (-1 for padding).
+
+    ``position`` [B, K, S] is the state's while they attended.
+    """
 
     query: Tensor = None  # type: ignore[assignment]
     query_position: Tensor = None  # type: ignore[assignment]
+    position: Tensor = None  # type: ignore[assignment]
 
     def _sum(self, reduce: Callable[[Tensor], Tensor], keys: Tensor, position: Tensor) -> Tensor:
         return column_sums(self.query, keys, self.query_position, position, self.scaling, reduce)
@@ -187,21 +190,20 @@ class EveryQuery(Sight):
                 logits = logits.amax(2, keepdim=True)
             return masked_softmax(logits, inside)
 
-        summed = self._sum(probabilities, self.state.keys, self.state.position)[..., span]
+        summed = self._sum(probabilities, self.state.keys, self.position)[..., span]
         return reduce_heads(summed, leaf.heads)
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
-        summed = self._sum(finite, self.state.keys, self.state.position)[..., self.state.span(pool)]
+        summed = self._sum(finite, self.state.keys, self.position)[..., self.state.span(pool)]
         return reduce_heads(summed, leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
             return self.logits(pool, leaf)
         high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
-        group = rearrange(self.query, "b (k g) n d -> b k g n d", k=high.shape[1]) * self.scaling
-        group = torch.where(self.query_position[:, None, None, :, None] >= 0, group, 0.0)
-        # The bound is linear in relu(q) and min(q, 0), so the queries can be summed first.
-        summed = torch.matmul(group.clamp(min=0).sum(3), high.transpose(2, 3)) + torch.matmul(
-            group.clamp(max=0).sum(3), low.transpose(2, 3)
+        # A page says nothing to queries before its first token.
+        above, below = (
+            column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, finite)
+            for side, box in ((self.query.clamp(min=0), high), (self.query.clamp(max=0), low))
         )
-        return reduce_heads(summed.float(), leaf.heads)
+        return reduce_heads(above + below, leaf.heads)
