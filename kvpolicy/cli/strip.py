@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvpolicy.lab.grid import Cell
     from kvpolicy.lab.simulation import Course, Loss, Simulation
 
-POOLS = (("█", "▒", "blue"), ("●", "○", "yellow"), ("◆", "◇", "green"), ("▲", "△", "magenta"))
+POOLS = (("█", "▒", "cyan"), ("●", "○", "yellow"), ("◆", "◇", "green"), ("▲", "△", "magenta"))
 """Marks of a pool's tokens, safe and ranked, and their colour; a fifth pool begins anew."""
 
 FEW, GONE, MISSED, UNSAID = "░", "·", "×", " "
@@ -31,7 +31,7 @@ NARROW = 48
 """Columns that a policy needs at least; where they are not there for all, policies stand one under the other."""
 
 GAP = 3
-SIDES = 19
+SIDES = 21
 """Columns beside the picture: t on the left, tokens and mass on the right."""
 
 
@@ -136,10 +136,12 @@ def _losses(course: Course, width: int) -> Iterator[Text]:
     """What was wanted after it had left, the dearest first."""
     gone = int(course.evicted.sum())
     said = f"{gone:,} evicted in {plural(int((course.evicted > 0).sum()), 'update')}"
+    yield Text(said)
     if not course.losses:
-        yield Text(said + (", none wanted later" if gone else ""))
+        if gone:
+            yield Text("none of them was wanted later", style="dim")
         return
-    yield Text(said + ", wanted later:")
+    yield Text("wanted later:")
     yield Text(f"  {'tokens':<13}{'left at t':>12}{'wanted at t':>13}{'lost':>8}", style="dim")
     for loss in course.losses[:LOSSES]:
         yield _loss(loss)

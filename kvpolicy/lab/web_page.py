@@ -103,7 +103,7 @@ def _section(simulation: Simulation, name: str, all_of_them: Sequence[Simulation
 <h2>{escape(simulation.label)}</h2>
 <p>{escape(simulation.policy.summary)}</p>
 <p>{numbers}</p>
-{"".join(charts)}{_losses(course)}
+{"".join(charts)}<div>{_losses(course)}</div>
 <script type="application/json">{_facts(course)}</script>
 </section>"""
 

@@ -15,6 +15,7 @@ import pytest
 from kvpolicy.cli.main import main
 from kvpolicy.cli.simulate import limits
 from kvpolicy.cli.texts import read_pattern
+from kvpolicy.cli.watching import files_of
 from kvpolicy.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -394,6 +395,23 @@ def test_watching_a_file(mine: Path, tmp_path: Path) -> None:
         watcher.kill()
         watcher.wait()
     assert "Traceback" not in said.read_text()
+
+
+def test_what_is_watched(mine: Path) -> None:
+    child = mine.with_name("child.yaml")
+    child.write_text("kvpolicy: 1\nextends: ./mine.yaml\nname: child\n")
+    broken = mine.with_name("broken.yaml")
+    broken.write_text("kvpolicy: [")
+    found = list(files_of([str(child), str(broken), "scope-slide", "gone.yaml", "t.safetensors"]))
+    assert [file.name for file in found[:5]] == [
+        child.name,
+        broken.name,
+        "scope-slide.yaml",
+        "gone.yaml",
+        "t.safetensors",
+    ]
+    assert {file.name for file in found[5:]} >= {"mine.yaml", "scope-adaptive.yaml"}
+    assert all(file.exists() for file in found if file.name not in ("gone.yaml", "t.safetensors"))
 
 
 # The documented pictures
