@@ -110,8 +110,8 @@ def _results(specs: list[str], words: str, how: How, aloud: bool) -> Iterator[Re
             output.note(f"[yellow]{escape(policy.source)} has no tests:[/] {escape(HOW_TO)}")
         elif chosen and aloud:
             output.data(f"[bold]{escape(policy.name)}[/] ({escape(policy.source)})")
-        for number in chosen:
-            with output.busy(f"{policy.name}: {policy.tests[number].name}"):
+        for place, number in enumerate(chosen, 1):
+            with output.busy(f"{policy.name}: test {place} of {len(chosen)}"):
                 result = _run(spec, policy, number, how)
             if aloud:
                 _show(result)
