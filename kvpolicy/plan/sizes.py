@@ -45,10 +45,13 @@ def size_pools(
     """
     ranges, sized = lengths.ranges(), list(pools)
     arrivals = _arrivals(pools, order, lengths)
+    fed = {pool.to for pool in pools}
+    for pool in pools:  # of all, before any is sized: a budget may name what a later pool has seen
+        seen = arrivals[pool.name] if pool.name in fed else _most(pool, lengths)
+        ranges[f"seen({pool.name})"] = Range(Fraction(0), Fraction(seen))
     for index in order:
         pool = sized[index]
         ever = arrivals[pool.name]
-        ranges[f"seen({pool.name})"] = Range(Fraction(0), Fraction(_most(pool, lengths)))
         if pool.budget is None:
             pool = replace(pool, bound=ever, capacity=ever)
         else:
