@@ -63,7 +63,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Loss:
-    """Neighbours that were evicted and, at one moment at least, wanted together.
+    """Neighbours that were evicted, and wanted at a moment at which the first of them was.
 
     ``left``: the first and the last t at which they went; ``wanted``: the t at which one of them was next wanted;
     ``times``: at how many moments one of them was; ``cost``: the share of all the attention of generated tokens that
@@ -306,7 +306,7 @@ class _Writer:
         )
 
     def _losses(self, missed: Runs, t: Array) -> tuple[Loss, ...]:
-        """Neighbours that were missed at one moment at least, together."""
+        """Neighbours that were missed at a moment at which the first of them was, together."""
         first: dict[int, int] = {}
         times: dict[int, set[int]] = {}
         for token, start, stop in zip(missed.token.tolist(), missed.start.tolist(), missed.stop.tolist(), strict=True):
@@ -314,7 +314,7 @@ class _Writer:
             times.setdefault(token, set()).update(range(start, stop))
         groups: list[list[int]] = []
         for token in sorted(first):
-            if groups and token == groups[-1][-1] + 1 and times[token] & times[groups[-1][-1]]:
+            if groups and token == groups[-1][-1] + 1 and times[token] & times[groups[-1][0]]:
                 groups[-1].append(token)
             else:
                 groups.append([token])

@@ -225,6 +225,6 @@ def test_safe_and_ranked_differ_without_colour(shade: tuple[str, str]) -> None:
 
 
 def test_thousands_of_tokens_are_a_small_page() -> None:
-    said = synthesize({"pattern": "drift", "prompt": 500, "steps": 1500, "layers": 1, "heads": 1, "kv_heads": 1})
+    said = synthesize({"pattern": "drift", "prompt": 1600, "steps": 400, "layers": 1, "heads": 1, "kv_heads": 1})
     simulation = simulate(load_policy("streaming-llm", set={"window": "60"}), said)
     assert len(page([simulation], "drift")) < 400_000
