@@ -38,11 +38,35 @@ def families() -> str:
     return "\n".join(rows)
 
 
+def patterns() -> str:
+    """Every pattern of synthetic attention."""
+    from kvpolicy.testing.reference import render_patterns
+
+    return render_patterns()
+
+
+def claims() -> str:
+    """Every claim of a test."""
+    from kvpolicy.testing.reference import render_claims
+
+    return render_claims()
+
+
+def traces() -> str:
+    """The arguments of a trace."""
+    from kvpolicy.testing.reference import render_traces
+
+    return render_traces()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "architectures": families,
     "language": lambda: render_reference().strip(),
     "verbs": render_verbs,
+    "patterns": patterns,
+    "claims": claims,
+    "traces": traces,
 }
 
 

@@ -45,7 +45,7 @@ class Adversary:
         return self.gone.get(head, [])[-self.width :]
 
 
-@pattern
+@pattern("width: 2")
 def adversarial(scene: Scene, against: Against, width: int = 4, level: float = 4.0, fade: float = 1.0) -> None:
     """Made against the policy under test: every generated token wants the ``width`` tokens that its KV head dropped
     last, which is the most that this policy can regret. Before it has dropped any, all tokens are alike.

@@ -20,26 +20,35 @@ PATTERNS: dict[str, Callable[..., None]] = {}
 """Name in YAML -> function (scene, arguments)."""
 
 
-def pattern(function: Callable[..., None]) -> Callable[..., None]:
+EXAMPLES: dict[str, str] = {}
+"""Name -> arguments, as in YAML, that show what it is in a text of 8 prompt tokens and 24 generated ones."""
+
+
+def pattern(example: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a pattern known: its name, its arguments and their kinds are read off the function."""
-    PATTERNS[function.__name__.replace("_", "-")] = function
-    return function
+
+    def known(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__.replace("_", "-")
+        PATTERNS[name], EXAMPLES[name] = function, example
+        return function
+
+    return known
 
 
-@pattern
+@pattern()
 def uniform(scene: Scene, fade: float = 0.0) -> None:
     """All tokens alike."""
     scene.fade(fade)
 
 
-@pattern
+@pattern()
 def sink(scene: Scene, sinks: int = 4, level: float = 5.0, fade: float = 1.0) -> None:
     """The first tokens soak up most of the attention, of every query."""
     scene.look(range(min(sinks, scene.length)), level)
     scene.fade(fade)
 
 
-@pattern
+@pattern("width: 3")
 def local(scene: Scene, width: float = 8.0) -> None:
     """The newest tokens, in a bell of standard deviation ``width`` tokens."""
     if width <= 0:
@@ -47,14 +56,14 @@ def local(scene: Scene, width: float = 8.0) -> None:
     scene.fade(2 * (scene.length / (np.pi * width)) ** 2)
 
 
-@pattern
+@pattern("at: [3, 11]")
 def heavy_hitter(scene: Scene, at: Tokens, level: float = 4.0, fade: float = 1.0) -> None:
     """Tokens that every query looks at, from the first to the last."""
     scene.look(at, level)
     scene.fade(fade)
 
 
-@pattern
+@pattern("at: 9, until: 20")
 def milestone(scene: Scene, at: Tokens, until: int, level: float = 4.0, fade: float = 1.0) -> None:
     """Tokens that all queries up to position ``until`` look at, and none after."""
     if until < at[-1]:
@@ -63,7 +72,7 @@ def milestone(scene: Scene, at: Tokens, until: int, level: float = 4.0, fade: fl
     scene.fade(fade)
 
 
-@pattern
+@pattern("at: 2, from: 20")
 def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: float = 1.0) -> None:
     """Tokens that no query looks at before position ``from``, and all from then on."""
     if from_ <= at[0]:
@@ -72,7 +81,7 @@ def phoenix(scene: Scene, at: Tokens, from_: int, level: float = 4.0, fade: floa
     scene.fade(fade)
 
 
-@pattern
+@pattern("at: 5, every: 6, width: 1")
 def burst(
     scene: Scene,
     at: Tokens,
@@ -101,7 +110,7 @@ def burst(
     scene.fade(fade)
 
 
-@pattern
+@pattern("at: 3..4, question: 3, answer: 6")
 def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: float = 6.0, fade: float = 1.0) -> None:
     """Tokens that only the question, the prompt's last tokens, and the answer, the first generated ones, look at."""
     asked = (scene.now >= scene.prompt - question) & (scene.now < scene.prompt + answer)
@@ -109,7 +118,7 @@ def needle(scene: Scene, at: Tokens, question: int = 4, answer: int = 8, level: 
     scene.fade(fade)
 
 
-@pattern
+@pattern("every: 8, width: 3")
 def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fade: float = 1.0) -> None:
     """The important region moves: a new one of ``width`` tokens begins at 0, ``every``, 2 * ``every``, …, and is what
     all queries look at until the next begins; earlier regions fall behind.
@@ -122,7 +131,7 @@ def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fad
     scene.fade(fade)
 
 
-@pattern
+@pattern()
 def ties(scene: Scene, kinds: int = 3) -> None:
     """Tokens of a few kinds that queries want by whole numbers: scores tie all the time, in float32 as in float64."""
     if kinds < 1:

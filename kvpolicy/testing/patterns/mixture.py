@@ -74,7 +74,7 @@ class Part:
 Parts = tuple[Part, ...]
 
 
-@pattern
+@pattern("parts: [{pattern: sink, sinks: 2}, {pattern: drift, every: 6, width: 2, level: 6, where: {from: 16}}]")
 def mixture(scene: Scene, parts: Parts) -> None:
     """Several patterns at once: each of the ``parts`` is a pattern with its own arguments and, under ``where``, the
     ``layers``, query ``heads`` or ``kv_heads``, ``rows`` and the time, ``from`` and ``until``, in which it holds. Where
