@@ -122,7 +122,7 @@ def _strokes(missed: Runs) -> Iterator[str]:
 
 def _steps(levels: Sequence[float] | np.ndarray, across: float, *, start: int = 0, back: bool = False) -> str:
     """A staircase through levels, each as wide as a moment; from right to left where it goes back."""
-    corners = []
+    corners: list[tuple[str, str]] = []
     for number, level in enumerate(np.asarray(levels).tolist(), start):
         if number > start and f"{level:.4g}" == corners[-1][1]:
             corners[-1] = f"{(number + 1) * across:.5g}", corners[-1][1]
