@@ -197,8 +197,8 @@ class PoolPolicy:
             logits = score.masked_fill(~candidate, float("-inf"))
             return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
         if norm == "max":
-            most = score.masked_fill(~candidate, 0.0).amax(-1, keepdim=True)
-            return torch.where(most == 0, 0.0, score / most)
+            most = score.masked_fill(~candidate, float("-inf")).amax(-1, keepdim=True)
+            return score / torch.where((most == 0) | most.isinf(), 1.0, most)
         kept = self.may_stay(sight.state, candidate, values)
         inside = score.masked_fill(~candidate, 0.0)
         ranked = score.masked_fill(~candidate, float("-inf")).sort(-1, descending=True).values
