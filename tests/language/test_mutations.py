@@ -10,75 +10,16 @@ from hypothesis import strategies as st
 from kvpolicy.errors import PolicyError
 from kvpolicy.language import Policy, loads_policy
 from kvpolicy.language.library import decode
+from kvpolicy.testing.mutated import lines_of, mutate
 
 TEXTS = [path.read_bytes() for path in sorted((Path(__file__).parent / "valid").glob("*.yaml"))]
-LINES = sorted({line for text in TEXTS for line in text.splitlines(keepends=True)})
-PIECES = [
-    *(
-        b"\n",
-        b"\t",
-        b"  ",
-        b": ",
-        b"- ",
-        b",",
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b"(",
-        b")",
-        b'"',
-        b"'",
-        b"#",
-        b"|",
-        b">",
-        b"%",
-        b"*a",
-    ),
-    *(
-        b"&a ",
-        b"!!int ",
-        b"<<: ",
-        b"---\n",
-        b"null",
-        b"true",
-        b"~",
-        b"0",
-        b"-1",
-        b"1e30",
-        b"50%",
-        b"4k",
-        b"t",
-        b"layer",
-    ),
-    *(
-        b" // 0",
-        b" / t",
-        b"size(prompt)",
-        b"cos(t)",
-        b"prompt",
-        b"all",
-        b"sum",
-        b"last",
-        b"\x00",
-        b"\xff",
-        b"\xc3\xa9",
-        b"\r",
-    ),
-    *(b"extends: raas\n", b"extends: ./x.yaml\n", b"value: 3", b"word", b"kind", b"every-step", b"0..1", b"{first: 3}"),
-]
+LINES = lines_of(TEXTS)
 
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A valid text with a few cuts, copies, lines moved in from elsewhere, and pieces of syntax put in."""
-    text = bytearray(draw(st.sampled_from(TEXTS)))
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(text)))
-        end = min(len(text), start + draw(st.sampled_from([0, 0, 1, 2, 5, 12, 40, 200])))
-        new = draw(st.one_of(st.just(b""), st.sampled_from(PIECES), st.sampled_from(LINES), st.binary(max_size=3)))
-        text[start:end] = new
-    return bytes(text)
+    """A valid text, disturbed."""
+    return mutate(lambda low, high: draw(st.integers(low, high)), TEXTS, LINES)
 
 
 def load(data: bytes) -> Policy:
