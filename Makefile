@@ -11,10 +11,10 @@ STORY := -f kvpolicy/models/prompts/demo.txt --max-new-tokens 256 --temperature 
 WORKERS ?= 2
 
 # Two workers with one thread each beat one worker with two, and keep the order of float sums the same everywhere.
-test test-offline test-all: export OMP_NUM_THREADS ?= 1
+test test-offline test-all fuzz: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-offline test-all check clean
+.PHONY: help demo test test-offline test-all fuzz check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,15 @@ test-offline: $(VENV)/.dev ## the same without the tests that need SmolLM2
 
 test-all: $(VENV)/.dev ## the slow tests too
 	$(PYTEST) -n $(WORKERS)
+
+# For a night: random policies under random attention, mutated texts, and broken copies of the runtime.
+CASES ?= 20000
+TEXTS ?= 200000
+SEED ?= 0
+
+fuzz: $(VENV)/.dev ## search for counter-examples (CASES=20000 TEXTS=200000 SEED=0), and break the runtime to see it caught
+	$(VENV)/bin/python -m kvpolicy.lab.fuzz --cases $(CASES) --texts $(TEXTS) --seed $(SEED) --workers $(WORKERS)
+	$(VENV)/bin/python -m tests.mutation.check
 
 check: $(VENV)/.dev ## lint, formatting, and types of the installed wheel
 	$(VENV)/bin/ruff check

@@ -1,0 +1,293 @@
+"""Deliberately broken copies of the runtime: one small change each, in a step of its pipeline, and what it breaks.
+
+A change is made to the source of a module while a fresh process imports it; no file is touched. The fragment must occur
+exactly once. There is no change here that means the same: each must be caught.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` in the source of ``module`` becomes ``new``, which breaks what ``breaks`` says."""
+
+    breaks: str
+    module: str
+    old: str
+    new: str
+
+
+R, S, A = "kvpolicy.runtime.", "kvpolicy.scorers.", "kvpolicy.attention."
+
+MUTANTS = (
+    # admit
+    Mutant(
+        "a new unit keeps the score of who lay there before",
+        R + "pool",
+        "                tensor[rows, heads, unit] = fresh\n",
+        "                tensor[rows, heads, unit] = torch.maximum(fresh, tensor[rows, heads, unit])\n",
+    ),
+    Mutant(
+        "a new page keeps the bounds of the old one's keys",
+        R + "layer",
+        "widened = torch.where(opens[:, None, None], key[:, :, 0], wider(old, key[:, :, 0]))",
+        "widened = wider(old, key[:, :, 0])",
+    ),
+    Mutant(
+        "a token's position is that of the one before it",
+        R + "layer",
+        "state.position[slot] = clocks.position[:, None]",
+        "state.position[slot] = (clocks.position - 1).clamp(min=0)[:, None]",
+    ),
+    Mutant(
+        "a generated token's place in its pool's order is one too high",
+        R + "layer",
+        "ordinal = (clock.seen - 1)[:, None]",
+        "ordinal = clock.seen[:, None]",
+    ),
+    Mutant(
+        "a page that survived is forgotten when a token joins it",
+        R + "pool",
+        "joined = survivor[rows, heads, unit] & ~opens[:, None]",
+        "joined = torch.zeros_like(unit, dtype=torch.bool)",
+    ),
+    # attend
+    Mutant(
+        "a generated token does not see the first one",
+        R + "layer",
+        "        visible = state.position >= 0\n",
+        "        visible = state.position > 0\n",
+    ),
+    Mutant(
+        "query heads are shared out to KV heads the wrong way round",
+        R + "layer",
+        '"b (k g) 1 d -> b k g d"',
+        '"b (g k) 1 d -> b k g d"',
+    ),
+    Mutant(
+        "the same for prompt scores",
+        A + "torch_backend",
+        '"b (k g) n d -> b k g n d"',
+        '"b (g k) n d -> b k g n d"',
+    ),
+    Mutant(
+        "a prompt's queries do not score themselves",
+        A + "torch_backend",
+        "(key_position[:, :, None, None] <= position)",
+        "(key_position[:, :, None, None] < position)",
+    ),
+    Mutant(
+        "a tile of prompt scores repeats the last query of the one before it",
+        A + "torch_backend",
+        'logits = torch.einsum("bkgnd,bksd->bkgns", grouped[:, :, :, rows], keys).float()\n',
+        "rows = slice(max(0, rows.start - 1), rows.stop)\n"
+        "        position = query_position[:, None, None, rows, None]\n"
+        '        logits = torch.einsum("bkgnd,bksd->bkgns", grouped[:, :, :, rows], keys).float()\n',
+    ),
+    # observe
+    Mutant(
+        "the sum is not decayed",
+        S + "memory",
+        "folded = memory * leaf.memory_value + score",
+        "folded = memory + score",
+    ),
+    Mutant(
+        "the maximum is not decayed",
+        S + "memory",
+        "torch.maximum(memory * leaf.memory_value, score)",
+        "torch.maximum(memory, score)",
+    ),
+    Mutant(
+        "a hit is stamped with the clock before it",
+        S + "memory",
+        "now = t[:, None, None].to(memory.dtype)",
+        "now = (t - 1)[:, None, None].to(memory.dtype)",
+    ),
+    Mutant(
+        "the longest gap is the latest gap",
+        S + "memory",
+        "torch.maximum(gap, now - memory)",
+        "now - memory",
+    ),
+    Mutant(
+        "rows without a token, and units still empty, remember a prompt pass",
+        S + "memory",
+        "torch.where(active, folded, memory)",
+        "folded",
+    ),
+    Mutant(
+        "query heads are averaged over all rows",
+        S + "sight",
+        'by_head.sum(2) if how == "sum" else by_head.mean(2)',
+        'by_head.sum(2) if how == "sum" else by_head.mean((0, 2), keepdim=True).squeeze(2).expand_as(by_head[:, :, 0])',
+    ),
+    Mutant(
+        "a page's score reads slots that hold no token",
+        R + "state",
+        'paged.masked_fill(self.pool_positions(pool) < 0, float("-inf")).amax(-1)',
+        "paged.amax(-1)",
+    ),
+    Mutant(
+        "heads draw the same random numbers",
+        S + "place",
+        "heads.expand_as(position)), position)",
+        "torch.zeros_like(position)), position)",
+    ),
+    Mutant(
+        "page bounds of queries before the page's first token count",
+        S + "sight",
+        "column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, finite)",
+        "column_sums(side, box, self.query_position, self.state.unit_position(pool) * 0, self.scaling, finite)",
+    ),
+    Mutant(
+        "smoothing looks at the neighbours before only",
+        R + "pool",
+        "F.pad(line, (width // 2, width // 2))",
+        "F.pad(line, (width - 1, 0))",
+    ),
+    Mutant(
+        "softmax runs over protected units too",
+        R + "pool",
+        '            logits = score.masked_fill(~candidate, float("-inf"))\n            return',
+        "            logits = score\n            return",
+    ),
+    # quantities
+    Mutant(
+        "budgets and windows are rounded up",
+        R + "quantities",
+        "else numerator // denominator",
+        "else -(-numerator // denominator)",
+    ),
+    Mutant(
+        "a share of hits is rounded down",
+        R + "quantities",
+        "-((-numerator * count) // denominator)",
+        "(numerator * count) // denominator",
+    ),
+    Mutant(
+        "seen() is read before admission",
+        R + "pool",
+        "clocks.streams[pool.stream].seen[:, None]",
+        "clocks.streams[pool.stream].seen[:, None] - 1",
+    ),
+    # update
+    Mutant(
+        "the window is one short",
+        R + "pool",
+        "edge = clock.seen[:, None] - count if newest else count",
+        "edge = clock.seen[:, None] - count + 1 if newest else count",
+    ),
+    Mutant("one more first token is pinned", R + "pool", "else (ordinal < edge)", "else (ordinal <= edge)"),
+    Mutant(
+        "the newest page is not protected",
+        R + "pool",
+        "device=newest_unit.device) == newest_unit",
+        "device=newest_unit.device) == newest_unit - pool.units",
+    ),
+    Mutant(
+        "of equal scores the newer goes first",
+        R + "pool",
+        "(ordered.long() << 32) | place.long()",
+        "(ordered.long() << 32) | (0x7FFFFFFF - place.long())",
+    ),
+    Mutant(
+        "scores of different sign are compared as bits",
+        R + "pool",
+        "ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)",
+        "ordered = bits",
+    ),
+    Mutant(
+        "a page that is over the budget in part stays",
+        R + "evict",
+        "(count * page - budget + page - 1) // page",
+        "(count * page - budget) // page",
+    ),
+    Mutant(
+        "protected units go where nothing else is left",
+        R + "evict",
+        "gone = (steps < excess[..., None]) & (key < LAST_KEY)",
+        "gone = steps < excess[..., None]",
+    ),
+    Mutant(
+        "updates fire one step early",
+        R + "evict",
+        "clocks.t % pool.cadence == 0",
+        "(clocks.t + 1) % pool.cadence == 0",
+    ),
+    Mutant(
+        "freed units are written one place too far into the ring",
+        R + "evict",
+        "index = (tail[..., None] + torch.arange",
+        "index = (tail[..., None] + 1 + torch.arange",
+    ),
+    Mutant(
+        "a layer's heads decide by the highest score, not the mean",
+        R + "evict",
+        "score.mean(1, keepdim=True)",
+        "score.amax(1, keepdim=True)",
+    ),
+    Mutant(
+        "units survive updates that did not fire",
+        R + "evict",
+        "survivor.copy_(now if due is None else torch.where(due[:, None, None], now, survivor))",
+        "survivor.copy_(now)",
+    ),
+    Mutant(
+        "size() is recorded where the cadence did not fire",
+        R + "evict",
+        "size.copy_(now if due is None else torch.where(due[:, None], now, size))",
+        "size.copy_(now)",
+    ),
+    # clocks, turns and packing
+    Mutant(
+        "padding counts as prompt",
+        R + "clocks",
+        "        tokens = valid.sum(1)\n",
+        "        tokens = torch.full_like(self.t, valid.shape[1])\n",
+    ),
+    Mutant(
+        "rows share one clock of positions",
+        R + "clocks",
+        "self.position.copy_(self.prompt_len + self.t)",
+        "self.position.copy_((self.prompt_len + self.t).max())",
+    ),
+    Mutant(
+        "the open page stays open over a new turn",
+        R + "clocks",
+        "        for clock in self.streams:\n            clock.close()\n",
+        "",
+    ),
+    Mutant(
+        "the newest page of a prompt takes one token more",
+        R + "clocks",
+        "self.fill.copy_((turn_tokens - 1) % page + 1)",
+        "self.fill.copy_((turn_tokens - 1) % page)",
+    ),
+    Mutant(
+        "a later turn's tokens are counted twice in their pool's order",
+        R + "turn",
+        "ordinal = clock.seen[row] - clocks.turn_tokens[row] + place[row, column]",
+        "ordinal = clock.seen[row] + place[row, column]",
+    ),
+    Mutant(
+        "memory is lost when a turn is packed",
+        R + "packing",
+        'name.endswith(".ring"):',
+        'name.endswith(".ring") or ".memory." in name:',
+    ),
+    Mutant(
+        "rows that were silent in a turn are updated at its end",
+        R + "layer",
+        "spoken = clocks.turn_tokens > 0",
+        "spoken = clocks.turn_tokens >= 0",
+    ),
+    Mutant(
+        "rows are reordered without what their units remember",
+        R + "cache",
+        "            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))\n",
+        "            if tensor.dim() != 3 or tensor.dtype != torch.float32:\n"
+        "                tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))\n",
+    ),
+)
