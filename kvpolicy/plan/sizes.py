@@ -142,8 +142,8 @@ def _slack(pool: PoolPlan, lengths: Lengths, pools: list[PoolPlan]) -> int:
 def _victims(pool: PoolPlan, slack: int, pools: list[PoolPlan]) -> int:
     """The most units one update of a generated pass may have to drop; 0 stands for any number.
 
-    Where neither the budget nor what is protected can shrink, an update drops no more units than arrived or lost their protection
-    since the last one.
+    Where neither the budget nor what is protected can shrink, an update drops no more units than arrived or lost their
+    protection since the last one.
     """
     limits = [quantity for quantity in (pool.budget, pool.window, pool.first) if quantity is not None]
     moving = {f"{read}({other.name})" for other in pools if "generated" in other.admits for read in ("size", "seen")}
