@@ -62,10 +62,11 @@ def drawable(name: str) -> bool:
 def arguments(pen: Pen, name: str, length: int) -> Text:
     """Arguments by their kind. A moment comes after the tokens it is about, a number after one does not exceed it."""
     text: Text = {}
-    last, most = 0, 8
+    last, most, largest = 0, 8, 10**9
     for key, at in list(inspect.signature(PATTERNS[name]).parameters.items())[1:]:
         key = key.removesuffix("_")
-        if at.default is not at.empty and (at.annotation not in DRAWN or not pen.chance(2)):
+        too_much = at.annotation == "int" and at.default is not at.empty and at.default > largest
+        if at.default is not at.empty and not too_much and (at.annotation not in DRAWN or not pen.chance(2)):
             most = min(most, at.default) if at.annotation == "int" else most
         elif at.annotation == "Tokens":
             places = sorted({pen.number(0, max(0, length - 2)) for _ in range(pen.number(1, 3))})
@@ -73,7 +74,7 @@ def arguments(pen: Pen, name: str, length: int) -> Text:
         elif at.annotation == "int" and at.default is at.empty:
             text[key] = pen.number(min(last + 1, length), length)
         elif at.annotation == "int":
-            text[key] = most = pen.number(1, max(1, most))
+            text[key] = most = largest = pen.number(1, max(1, most))
         else:
             text[key] = pen.number(1, 12) / 2
     return text
