@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
@@ -51,7 +52,8 @@ def agree(policy: str, text: Mapping[str, Any], *, compiled: bool = False) -> Ag
         hear(OracleAlone(plan), loaded, said)
         return Agreed(refused=missing)
     feed = RuntimeBeside(plan, compiled=compiled)
-    hear(feed, loaded, said)
+    with patch("kvpolicy.attention.torch_backend.TILE_NUMBERS", 1):  # so that a prompt of 17 tokens takes two tiles
+        hear(feed, loaded, said)
     agreement, stats = feed.beside.agreement, feed.beside.cache.stats()
     return Agreed(agreement.compared, stats["evicted"], tuple(str(tie) for tie in agreement.near_ties))
 

@@ -19,8 +19,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import yaml
+
 import kvpolicy
 from tests.mutation.mutants import MUTANTS, Mutant
+
+FOUND = Path(__file__).parents[1] / "runtime" / "found"
+"""What the search once found."""
 
 CASES = 300
 """Random cases after which a mutant has survived."""
@@ -68,7 +73,7 @@ def changed_source(mutant: Mutant, source: str) -> str:
 
 
 def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, policy and text: the shipped ones first, then random ones, the first alone as well as reordered."""
+    """Name, policy and text: shipped policies, what the search once found, then random ones."""
     from kvpolicy.language import load_policy
     from kvpolicy.testing.shrinking import Choices
     from kvpolicy.testing.strategies.policies import draw_policy
@@ -76,6 +81,10 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     for name, params in SHIPPED.items():
         yield name, load_policy(name, params).to_yaml(), SAID
+    for path in sorted(FOUND.glob("*.yaml")):
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for test in document.pop("tests"):
+            yield path.stem, yaml.safe_dump(document, sort_keys=False), test["attention"]
     for number in range(CASES):
         choices = Choices(random=random.Random(f"mutants/{number}"))
         policy = draw_policy(choices, supported=True)
