@@ -112,10 +112,10 @@ MUTANTS = (
         "now - memory",
     ),
     Mutant(
-        "rows without a token, and units still empty, remember a prompt pass",
-        S + "memory",
-        "torch.where(active, folded, memory)",
-        "folded",
+        "units of a prompt that are still empty remember it",
+        R + "pool",
+        "units = active[:, None, None] & sight.state.resident_units(sight.state.pools[self.name])",
+        "units = active[:, None, None]",
     ),
     Mutant(
         "query heads are averaged over all rows",
