@@ -16,24 +16,24 @@ from torch import Tensor
 TILE_NUMBERS = 1 << 24
 
 
-def scaled_logits(query: Tensor, keys: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """Scaled q.k of one query a row in float32, -inf where a slot is not visible.
+def scaled_logits(query: Tensor, keys: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+    """Scaled q.k of one query a row in float32, -inf where a slot is hidden.
 
-    Shapes: query [B, K, G, D], keys [B, K, S, D], visible [B, K, S] bool -> [B, K, G, S].
+    Shapes: query [B, K, G, D], keys [B, K, S, D], hidden [B, K, S] bool -> [B, K, G, S].
     """
     logits = torch.matmul(query * scaling, keys.transpose(2, 3)).float()
-    return logits.masked_fill(~visible[:, :, None], float("-inf"))
+    return logits.masked_fill_(hidden[:, :, None], float("-inf"))
 
 
 def attend_slots(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one query a row over the slots, with what scorers read.
 
     Shapes as in ``scaled_logits``, values [B, K, S, D]. Returns output [B, K, G, D], and logits and probabilities
     [B, K, G, S] in float32; what nobody reads is never written by a compiled step.
     """
-    logits = scaled_logits(query, keys, visible, scaling)
+    logits = scaled_logits(query, keys, hidden, scaling)
     probabilities = torch.softmax(logits, dim=-1)
     return torch.matmul(probabilities.to(values.dtype), values), logits, probabilities
 

@@ -53,8 +53,8 @@ def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, bat
 def clock_buffers(streams: tuple[Stream, ...], batch: int) -> tuple[Buffer, ...]:
     """The clocks that all layers share: one set per row, and one per order of arrival."""
     rows = (batch,)
-    buffers = [Buffer("t", rows, "int64"), Buffer("prompt_len", rows, "int64"), Buffer("position", rows, "int64")]
+    buffers = [Buffer("t", rows, "int64"), Buffer("prompt_len", rows, "int64"), Buffer("position", rows, "int32")]
     for number in range(len(streams)):
-        for name in ("seen", "fill", "opened"):
-            buffers.append(Buffer(f"{name}.{number}", rows, "int64"))
+        buffers += [Buffer(f"{name}.{number}", rows, "int64") for name in ("seen", "fill", "opened")]
+        buffers.append(Buffer(f"ordinal.{number}", rows, "int32"))
     return tuple(buffers)

@@ -28,13 +28,14 @@ class StreamClock:
     """How far one order of arrival has come, per row [B].
 
     ``seen`` tokens ever admitted; ``fill`` tokens in the newest page (the page size where it is closed); ``opened``
-    counts the units that generated tokens have opened.
+    counts the units that generated tokens have opened; ``ordinal`` is the newest generated token's place in the order.
     """
 
     stream: Stream
     seen: Tensor
     fill: Tensor
     opened: Tensor
+    ordinal: Tensor
 
     def __post_init__(self) -> None:
         self.host_fills = {self.stream.page}
@@ -60,6 +61,7 @@ class StreamClock:
             self.host_fills = {1 if fill == self.stream.page else fill + 1 for fill in self.host_fills}
         else:
             self.opened += 1
+        self.ordinal.copy_(self.seen)
         self.seen += 1
 
     def end_turn(self, turn_tokens: Tensor, host_turn_tokens: set[int]) -> None:
@@ -80,7 +82,7 @@ class Clocks:
         tensors = {b.name: torch.zeros(b.shape, dtype=TORCH_DTYPES[b.dtype], device=device) for b in plan.clocks}
         self.t, self.prompt_len, self.position = tensors["t"], tensors["prompt_len"], tensors["position"]
         self.streams = [
-            StreamClock(stream, tensors[f"seen.{i}"], tensors[f"fill.{i}"], tensors[f"opened.{i}"])
+            StreamClock(stream, *(tensors[f"{name}.{i}"] for name in ("seen", "fill", "opened", "ordinal")))
             for i, stream in enumerate(plan.streams)
         ]
         self.turn_tokens = torch.zeros_like(self.t)
@@ -89,7 +91,7 @@ class Clocks:
     def tensors(self) -> list[Tensor]:
         """Every tensor with one entry per row, for reordering and for counting bytes."""
         own = [self.t, self.prompt_len, self.position]
-        return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened)]
+        return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened, clock.ordinal)]
 
     def reset(self) -> None:
         self.host_t = 0

@@ -15,11 +15,13 @@ from kvpolicy.runtime.state import LayerState
 
 
 def excess_units(policy: PoolPolicy, page: int, count: Tensor, values: Mapping[str, Whole]) -> Tensor:
-    """How many units the budget asks to go [B, K], protection left aside; ``count`` [B, K] units are resident."""
+    """How many units the budget asks to go [B, K], protection left aside; ``count`` [B, K] units are resident.
+
+    None are asked where it is not above 0; more than there are, where the budget is below 0.
+    """
     assert policy.budget is not None
     budget = floored(policy.budget, values)
-    budget = budget.clamp(min=0) if isinstance(budget, Tensor) else max(0, budget)
-    return ((count * page - budget + page - 1) // page).clamp(min=0)
+    return count - budget if page == 1 else (count * page - budget + page - 1) // page
 
 
 def drop_keys(pool: PoolPlan, state: LayerState, score: Tensor, candidate: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def drop_some(
     pool = state.pools[policy.name]
     count = state.count(pool, clocks.streams[pool.stream].opened)
     peak = state.tensors[f"{pool.name}.peak"]
-    peak.copy_(torch.maximum(peak, count * pool.page))
+    peak.copy_(torch.maximum(peak, count if pool.page == 1 else count * pool.page))
     excess, due = excess_units(policy, pool.page, count, values), fires(pool, clocks)
     if due is not None:
         excess = torch.where(due[:, None], excess, 0)
@@ -54,11 +56,11 @@ def drop_some(
     most = min(pool.victims or pool.units, pool.units)
     if most == 1:
         victim = keys.argmin(-1, keepdim=True)
-        key = keys.gather(-1, victim)
+        gone = candidate.gather(-1, victim) & (excess > 0)[..., None]
     else:
         key, victim = keys.topk(most, dim=-1, largest=False, sorted=True)
-    steps = torch.arange(most, device=key.device)
-    gone = (steps < excess[..., None]) & (key < LAST_KEY)
+        steps = torch.arange(most, device=key.device)
+        gone = (steps < excess[..., None]) & (key < LAST_KEY)
     _empty(pool, state, victim, gone)
     if pool.pin_survivors:
         _mark_survivors(pool, state, due)
@@ -74,13 +76,17 @@ def record_size(pool: PoolPlan, state: LayerState, clocks: Clocks) -> None:
 def _empty(pool: PoolPlan, state: LayerState, victim: Tensor, gone: Tensor) -> None:
     """Mark the victims' slots empty and hand their units back. Shapes [B, K, V]."""
     rows, heads = state.rows[..., None], state.heads[..., None]
-    inside = torch.arange(pool.page, device=victim.device)
-    slots = pool.offset + victim[..., None] * pool.page + inside
-    place = (rows[..., None], heads[..., None], slots)
-    state.position[place] = torch.where(gone[..., None], -1, state.position[place])
+    if pool.page == 1:
+        place, emptied = (rows, heads, victim + pool.offset), gone
+    else:
+        slots = pool.offset + victim[..., None] * pool.page + torch.arange(pool.page, device=victim.device)
+        place, emptied = (rows[..., None], heads[..., None], slots), gone[..., None]
+    state.position[place] = state.position[place].masked_fill_(emptied, -1)
     ring, tail = state.tensors[f"{pool.name}.ring"], state.tensors[f"{pool.name}.tail"]
-    index = (tail[..., None] + torch.arange(victim.shape[-1], device=victim.device)) % pool.units
-    freed = (rows, heads, index)
+    index = tail[..., None]
+    if victim.shape[-1] > 1:
+        index = index + torch.arange(victim.shape[-1], device=victim.device)
+    freed = (rows, heads, index % pool.units)
     ring[freed] = torch.where(gone, victim.to(ring.dtype), ring[freed])
     tail += gone.sum(-1)
 

@@ -135,15 +135,15 @@ class PolicyLayer(CacheLayerMixin):
     def _token(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, kind: str) -> Tensor:
         state = self.state
         self._admit(key, value)
-        visible = state.position >= 0
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         sight = NewestQuery(state, scaling, {}, grouped)
         if self.reads_logits[kind]:
             out, sight.all_logits, sight.probabilities = attend_slots(
-                grouped, state.keys, state.values, visible, scaling
+                grouped, state.keys, state.values, state.position < 0, scaling
             )
         else:
-            out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible[:, :, None], scale=scaling)
+            visible = (state.position >= 0)[:, :, None]
+            out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible, scale=scaling)
         self._learn_and_drop(sight, kind == UPDATE)
         return rearrange(out, "b k g d -> b 1 (k g) d")
 
@@ -157,10 +157,10 @@ class PolicyLayer(CacheLayerMixin):
         slot = (state.rows, state.heads, pool.offset + inside)
         state.keys[slot] = key[:, :, 0]
         state.values[slot] = value[:, :, 0]
-        state.position[slot] = clocks.position[:, None].to(torch.int32).expand_as(unit)
+        state.position[slot] = clocks.position[:, None].expand_as(unit)
         if pool.needs_ordinals:
-            ordinal = (clock.seen - 1)[:, None].to(torch.int32).expand_as(unit)
-            state.tensors[f"{pool.name}.ordinal"][state.rows, state.heads, inside] = ordinal
+            ordinal = state.tensors[f"{pool.name}.ordinal"]
+            ordinal[state.rows, state.heads, inside] = clock.ordinal[:, None].expand_as(unit)
         for side, wider in (("high", torch.maximum), ("low", torch.minimum)):
             bound = state.tensors.get(f"{pool.name}.{side}")
             if bound is not None and opens is not None:
@@ -187,7 +187,8 @@ class PolicyLayer(CacheLayerMixin):
                     sight.candidates[pool.name] = policy.candidates(state, clocks, values)
                 score = policy.score(sights, clocks, values)
                 drop_some(policy, state, clocks, values, score, sight.candidates[pool.name])
-            if pool.size_read and pool.cadence > 0 and (update or not pool.evicts):
+            changes = update if pool.evicts else "generated" in pool.admits
+            if pool.size_read and pool.cadence > 0 and changes:
                 record_size(pool, state, clocks)
 
     # A prompt pass ------------------------------------------------------------------------------------------------
@@ -250,8 +251,8 @@ class PolicyLayer(CacheLayerMixin):
         grouped = rearrange(query, "b (k g) n d -> b k g n d", k=wide.keys.shape[1])
         index = newest[:, None, None, None, None].expand(*grouped.shape[:3], 1, grouped.shape[4])
         one = grouped.gather(3, index).squeeze(3)
-        visible = (wide.position >= 0) & active[:, None, None]
-        current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), visible, scaling)
+        hidden = (wide.position < 0) | ~active[:, None, None]
+        current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), hidden, scaling)
         current.candidates = candidates
         return {"current": current, **sights}, active
 

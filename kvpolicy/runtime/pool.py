@@ -40,37 +40,24 @@ class PoolPolicy:
         limits = (plan.window, plan.first)
         self.guards_by_size = any(name.startswith("size(") for limit in limits if limit for name in limit.names)
 
-    def protected(self, state: LayerState, clocks: Clocks, values: Mapping[str, Whole]) -> Tensor | None:
-        """Units that may not be dropped [B, K, U]; None where the pool protects nothing. Empty units may be named."""
+    def candidates(self, state: LayerState, clocks: Clocks, values: Mapping[str, Whole]) -> Tensor:
+        """Resident units that may be dropped [B, K, U]: those that no window, pin or open page protects."""
         pool = state.pools[self.name]
         clock = clocks.streams[pool.stream]
-        safe: Tensor | None = None
+        free = state.resident_units(pool)
         if pool.needs_ordinals:
-            ordinal = state.tensors[f"{pool.name}.ordinal"].unflatten(2, (pool.units, pool.page))
-            resident = state.pool_positions(pool) >= 0
-            for tree, newest in ((self.window, True), (self.first, False)):
-                if tree is None:
-                    continue
-                count = floored(tree, values)
-                edge = clock.seen[:, None] - count if newest else count
-                edge = edge if isinstance(edge, int) else edge[:, :, None, None]
-                tokens = (ordinal >= edge) if newest else (ordinal < edge)
-                units = (tokens & resident).any(-1) if pool.page > 1 else tokens.squeeze(-1)
-                safe = units if safe is None else safe | units
+            ordinal = state.tensors[f"{pool.name}.ordinal"]
+            if self.window is not None:
+                free = free & _whole_units(
+                    pool, state, ordinal < _each(clock.seen[:, None] - floored(self.window, values))
+                )
+            if self.first is not None:
+                free = free & _whole_units(pool, state, ordinal >= _each(floored(self.first, values)))
         if pool.page > 1:
-            newest_unit = state.newest_unit(pool, clock.opened)[..., None]
-            units = torch.arange(pool.units, device=newest_unit.device) == newest_unit
-            safe = units if safe is None else safe | units
+            free[state.rows, state.heads, state.newest_unit(pool, clock.opened)] = False
         if pool.pin_survivors:
-            survivor = state.tensors[f"{pool.name}.survivor"]
-            safe = survivor if safe is None else safe | survivor
-        return safe
-
-    def candidates(self, state: LayerState, clocks: Clocks, values: Mapping[str, Whole]) -> Tensor:
-        """Resident units that may be dropped [B, K, U]."""
-        safe = self.protected(state, clocks, values)
-        resident = state.resident_units(state.pools[self.name])
-        return resident if safe is None else resident & ~safe
+            free = free & ~state.tensors[f"{pool.name}.survivor"]
+        return free
 
     def enter(self, state: LayerState, clocks: Clocks, unit: Tensor, opens: Tensor | None) -> None:
         """A unit [B, K] takes one more token: a new unit forgets who lay there before."""
@@ -85,7 +72,7 @@ class PoolPolicy:
                 stale.append((f"{pool.name}.gap.{leaf.number}", 0))
             if leaf.signal == "random":
                 seed = int(leaf.args.get("seed", 0))
-                position = clocks.position[:, None].expand_as(unit)
+                position = clocks.position[:, None].long().expand_as(unit)
                 stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, state.layer, heads, position)))
             for name, fresh in stale:
                 tensor = state.tensors[name]
@@ -215,6 +202,18 @@ class PoolPolicy:
         return floored(self.budget, values) // pool.page - safe
 
 
+def _each(number: Whole) -> Whole:
+    """A number by row and KV head, for each unit of the head."""
+    return number if isinstance(number, int) else number[..., None]
+
+
+def _whole_units(pool: PoolPlan, state: LayerState, tokens: Tensor) -> Tensor:
+    """Units all of whose resident tokens are among ``tokens`` [B, K, U * page]."""
+    if pool.page == 1:
+        return tokens
+    return (tokens.unflatten(2, (pool.units, pool.page)) | (state.pool_positions(pool) < 0)).all(-1)
+
+
 def readings(state: LayerState, clocks: Clocks) -> dict[str, Whole]:
     """What the expressions of a layer read, and nothing else: row clocks [B, 1], sizes [B, K]."""
     values: dict[str, Whole] = {}
@@ -239,7 +238,7 @@ def order_keys(score: Tensor, place: Tensor, allowed: Tensor, otherwise: int) ->
     """
     bits = (score.float() + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return torch.where(allowed, (ordered.long() << 32) | place.long(), otherwise)
+    return torch.where(allowed, torch.add(place, ordered.long(), alpha=1 << 32), otherwise)
 
 
 def best(score: Tensor, place: Tensor, ranked: Tensor, share: tuple, values: Mapping[str, Whole]) -> Tensor:

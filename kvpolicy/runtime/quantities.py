@@ -47,10 +47,19 @@ def _is_one(number: Whole) -> bool:
     return isinstance(number, int) and number == 1
 
 
+def _times(a: Whole, b: Whole) -> Whole:
+    """A product that costs nothing where one factor is 1, as most denominators are."""
+    if _is_one(a):
+        return b
+    return a if _is_one(b) else a * b
+
+
 def _add(a: Ratio, b: Ratio) -> Ratio:
-    if _is_one(a[1]) and _is_one(b[1]):
-        return a[0] + b[0], 1
-    return a[0] * b[1] + b[0] * a[1], a[1] * b[1]
+    return _times(a[0], b[1]) + _times(b[0], a[1]), _times(a[1], b[1])
+
+
+def _subtract(a: Ratio, b: Ratio) -> Ratio:
+    return _times(a[0], b[1]) - _times(b[0], a[1]), _times(a[1], b[1])
 
 
 def _negate(a: Ratio) -> Ratio:
@@ -58,11 +67,11 @@ def _negate(a: Ratio) -> Ratio:
 
 
 def _multiply(a: Ratio, b: Ratio) -> Ratio:
-    return a[0] * b[0], a[1] * b[1]
+    return _times(a[0], b[0]), _times(a[1], b[1])
 
 
 def _divide(a: Ratio, b: Ratio) -> Ratio:
-    numerator, denominator = a[0] * b[1], a[1] * b[0]
+    numerator, denominator = _times(a[0], b[1]), _times(a[1], b[0])
     if isinstance(denominator, int):
         return (numerator, denominator) if denominator > 0 else (-numerator, -denominator)
     return numerator * denominator.sign(), denominator.abs()
@@ -73,7 +82,7 @@ def _floor(a: Ratio) -> Ratio:
 
 
 def _less(a: Ratio, b: Ratio) -> Tensor | bool:
-    return a[0] * b[1] < b[0] * a[1]
+    return _times(a[0], b[1]) < _times(b[0], a[1])
 
 
 def _truth(condition: Tensor | bool) -> Ratio:
@@ -95,15 +104,25 @@ def _pick(condition: Tensor, a: Whole, b: Whole) -> Whole:
 def _minimum(*ratios: Ratio) -> Ratio:
     least = ratios[0]
     for other in ratios[1:]:
-        least = _choose(_less(other, least), other, least)
+        least = _clamped(least, other, "max") or _choose(_less(other, least), other, least)
     return least
 
 
 def _maximum(*ratios: Ratio) -> Ratio:
     most = ratios[0]
     for other in ratios[1:]:
-        most = _choose(_less(most, other), other, most)
+        most = _clamped(most, other, "min") or _choose(_less(most, other), other, most)
     return most
+
+
+def _clamped(a: Ratio, b: Ratio, side: str) -> Ratio | None:
+    """The same in one operation, where a whole tensor is held against a whole number."""
+    if not (_is_one(a[1]) and _is_one(b[1])):
+        return None
+    for tensor, number in ((a[0], b[0]), (b[0], a[0])):
+        if isinstance(tensor, Tensor) and isinstance(number, int):
+            return tensor.clamp(**{side: number}), 1
+    return None
 
 
 def _not_zero(a: Ratio) -> Tensor | bool:
@@ -116,7 +135,7 @@ def _both(a: Ratio, b: Ratio) -> Ratio:
 
 OPERATIONS: dict[str, Callable[..., Ratio]] = {
     "+": _add,
-    "-": lambda a, b: _add(a, _negate(b)),
+    "-": _subtract,
     "neg": _negate,
     "*": _multiply,
     "/": _divide,

@@ -128,10 +128,11 @@ class NewestQuery(Sight):
     query: Tensor = None  # type: ignore[assignment]
     all_logits: Tensor = None  # type: ignore[assignment]
     probabilities: Tensor = None  # type: ignore[assignment]
+    signed: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, state: Any, query: Tensor, visible: Tensor, scaling: float) -> NewestQuery:
-        logits = scaled_logits(query, state.keys, visible, scaling)
+    def of(cls, state: Any, query: Tensor, hidden: Tensor, scaling: float) -> NewestQuery:
+        logits = scaled_logits(query, state.keys, hidden, scaling)
         return cls(state, scaling, {}, query, logits, masked_softmax(logits, None))
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
@@ -153,11 +154,16 @@ class NewestQuery(Sight):
             return self.logits(pool, leaf)
         high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
         # max(q * high, q * low) summed over channels, as two products: no [B, K, G, U, D] in between.
-        query = self.query * self.scaling
-        bound = torch.matmul(query.clamp(min=0), high.transpose(2, 3)) + torch.matmul(
-            query.clamp(max=0), low.transpose(2, 3)
-        )
+        above, below = self._signed_query()
+        bound = torch.matmul(above, high.transpose(2, 3)) + torch.matmul(below, low.transpose(2, 3))
         return reduce_heads(bound.float(), leaf.heads)
+
+    def _signed_query(self) -> tuple[Tensor, Tensor]:
+        """The scaled query's positive part and its negative part, made once for all pools of a pass."""
+        if self.signed is None:
+            query = self.query * self.scaling
+            self.signed = query.clamp(min=0), query.clamp(max=0)
+        return self.signed
 
     def _check_logits(self, leaf: Leaf) -> None:
         """A pass has no logits unless the plan knew that a signal reads them; only a plug-in's can have kept quiet."""
