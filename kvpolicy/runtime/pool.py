@@ -48,9 +48,8 @@ class PoolPolicy:
         if pool.needs_ordinals:
             ordinal = state.tensors[f"{pool.name}.ordinal"]
             if self.window is not None:
-                free = free & _whole_units(
-                    pool, state, ordinal < _each(clock.seen[:, None] - floored(self.window, values))
-                )
+                edge = clock.seen[:, None] - floored(self.window, values)
+                free = free & _whole_units(pool, state, ordinal < _each(edge))
             if self.first is not None:
                 free = free & _whole_units(pool, state, ordinal >= _each(floored(self.first, values)))
         if pool.page > 1:

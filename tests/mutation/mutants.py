@@ -43,9 +43,9 @@ MUTANTS = (
     ),
     Mutant(
         "a generated token's place in its pool's order is one too high",
-        R + "layer",
-        "ordinal = (clock.seen - 1)[:, None]",
-        "ordinal = clock.seen[:, None]",
+        R + "clocks",
+        "self.ordinal.copy_(self.seen)",
+        "self.ordinal.copy_(self.seen + 1)",
     ),
     Mutant(
         "a page that survived is forgotten when a token joins it",
@@ -57,8 +57,8 @@ MUTANTS = (
     Mutant(
         "a generated token does not see the first one",
         R + "layer",
-        "        visible = state.position >= 0\n",
-        "        visible = state.position > 0\n",
+        "visible = (state.position >= 0)[:, :, None]",
+        "visible = (state.position > 0)[:, :, None]",
     ),
     Mutant(
         "query heads are shared out to KV heads the wrong way round",
@@ -85,6 +85,12 @@ MUTANTS = (
         "rows = slice(max(0, rows.start - 1), rows.stop)\n"
         "        position = query_position[:, None, None, rows, None]\n"
         '        logits = torch.einsum("bkgnd,bksd->bkgns", grouped[:, :, :, rows], keys).float()\n',
+    ),
+    Mutant(
+        "a generated token does not see the first one where scores are read",
+        R + "layer",
+        "state.position < 0, scaling",
+        "state.position <= 0, scaling",
     ),
     # observe
     Mutant(
@@ -176,21 +182,21 @@ MUTANTS = (
     Mutant(
         "the window is one short",
         R + "pool",
-        "edge = clock.seen[:, None] - count if newest else count",
-        "edge = clock.seen[:, None] - count + 1 if newest else count",
+        "edge = clock.seen[:, None] - floored(self.window, values)",
+        "edge = clock.seen[:, None] - floored(self.window, values) + 1",
     ),
-    Mutant("one more first token is pinned", R + "pool", "else (ordinal < edge)", "else (ordinal <= edge)"),
+    Mutant("one more first token is pinned", R + "pool", "ordinal >= _each(", "ordinal > _each("),
     Mutant(
         "the newest page is not protected",
         R + "pool",
-        "device=newest_unit.device) == newest_unit",
-        "device=newest_unit.device) == newest_unit - pool.units",
+        "free[state.rows, state.heads, state.newest_unit(pool, clock.opened)] = False",
+        "pass",
     ),
     Mutant(
         "of equal scores the newer goes first",
         R + "pool",
-        "(ordered.long() << 32) | place.long()",
-        "(ordered.long() << 32) | (0x7FFFFFFF - place.long())",
+        "torch.add(place, ordered.long(), alpha=1 << 32)",
+        "torch.add(0x7FFFFFFF - place, ordered.long(), alpha=1 << 32)",
     ),
     Mutant(
         "scores of different sign are compared as bits",
@@ -211,6 +217,12 @@ MUTANTS = (
         "gone = steps < excess[..., None]",
     ),
     Mutant(
+        "the same where one unit goes at a time",
+        R + "evict",
+        "gone = candidate.gather(-1, victim) & (excess > 0)[..., None]",
+        "gone = (excess > 0)[..., None]",
+    ),
+    Mutant(
         "updates fire one step early",
         R + "evict",
         "clocks.t % pool.cadence == 0",
@@ -219,8 +231,8 @@ MUTANTS = (
     Mutant(
         "freed units are written one place too far into the ring",
         R + "evict",
-        "index = (tail[..., None] + torch.arange",
-        "index = (tail[..., None] + 1 + torch.arange",
+        "index = tail[..., None]\n",
+        "index = tail[..., None] + 1\n",
     ),
     Mutant(
         "a layer's heads decide by the highest score, not the mean",
