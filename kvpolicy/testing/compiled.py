@@ -18,8 +18,8 @@ from kvpolicy.testing.beside import Run, run_layer
 class CompiledRun:
     """``run_layer``, compiled, for ``Beside(generated=…)``.
 
-    Layers whose plans differ in their index alone share a graph. What a graph took for fixed may not change: where torch
-    would compile again, ``RuntimeError`` is raised.
+    Layers whose plans differ in their index alone share a graph. What a graph took for fixed may not change: where it
+    would be compiled again, ``RuntimeError`` is raised.
     """
 
     def __init__(self) -> None:

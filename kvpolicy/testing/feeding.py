@@ -99,7 +99,7 @@ class OracleAlone:
 
 
 class RuntimeBeside:
-    """The runtime, compared with the oracle after every pass (imports torch); ``compiled``: its generated passes are."""
+    """The runtime, compared with the oracle after every pass; ``compiled`` are its generated ones. Imports torch."""
 
     def __init__(self, plan: Plan, *, compiled: bool = False) -> None:
         from kvpolicy.testing.beside import Beside, Run, run_layer

@@ -34,7 +34,8 @@ def test_a_plugin_is_not_loaded_before_a_policy_names_its_signal(monkeypatch):
     text = "kvpolicy: 1\nname: x\npools: {all: {admit: all, budget: 9, scorer: {signal: %s}}}\n"
     try:
         assert loads_policy(text % "key-norm").pools["all"].scorer.signal.name == "key-norm"
-        with pytest.raises(PolicyError, match=r"3:55: the signal `gate` of .* cannot be loaded from .*: ModuleNotFoundError"):
+        broken = r"3:55: the signal `gate` of .* cannot be loaded from .*: ModuleNotFoundError"
+        with pytest.raises(PolicyError, match=broken):
             loads_policy(text % "gate")
     finally:
         signals.plugin_entries.cache_clear()

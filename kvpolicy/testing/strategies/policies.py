@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpolicy.errors import PolicyError
@@ -59,7 +59,7 @@ def names_used(pen: Pen, text: str) -> Document:
         if word not in found and (word in pen.let or word in pen.params):
             found.add(word)
             wanted += WORD.findall(pen.let.get(word, ""))
-    kinds = {"params": pen.params, "let": pen.let}
+    kinds: dict[str, Mapping[str, object]] = {"params": pen.params, "let": pen.let}
     used = {kind: {name: at for name, at in names.items() if name in found} for kind, names in kinds.items()}
     return {kind: names for kind, names in used.items() if names}
 
@@ -100,7 +100,7 @@ def around(pen: Pen, pools: dict[str, Answers]) -> Document:
     if pen.chance(8):
         top["total"] = pen.known(pen.pick((4096, 64, 48)))
     for key, value in (("positions", "compact"), ("prompt_chunk", pen.number(1, 9))):
-        if pen.chance(10) and pen.runs(probe(**{key: value})):
+        if pen.chance(10) and pen.runs(probe() | {key: value}):
             top[key] = value
     if pen.chance(20):
         top["positions"] = top.get("positions", "absolute")
