@@ -1,4 +1,4 @@
-"""The generated parts of the pages: tables of what is installed, and the language's reference.
+"""The generated parts of the pages: tables of what is installed, the language's reference, the verbs, the test kit.
 
 ``python -m kvpolicy.cli.pages`` writes them anew between their marks; a test fails where a page is stale.
 """
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvpolicy.architecture import architectures
-from kvpolicy.cli.reference import render_verbs
+from kvpolicy.cli.reference import render_commands, render_verbs
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.reference import render_reference
+from kvpolicy.testing.reference import render_claims, render_patterns, render_traces
 
 ROOT = Path(__file__).parents[2]
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n)(?P<text>.*?)(<!-- end of generated part -->)", re.DOTALL)
@@ -38,35 +39,15 @@ def families() -> str:
     return "\n".join(rows)
 
 
-def patterns() -> str:
-    """Every pattern of synthetic attention."""
-    from kvpolicy.testing.reference import render_patterns
-
-    return render_patterns()
-
-
-def claims() -> str:
-    """Every claim of a test."""
-    from kvpolicy.testing.reference import render_claims
-
-    return render_claims()
-
-
-def traces() -> str:
-    """The arguments of a trace."""
-    from kvpolicy.testing.reference import render_traces
-
-    return render_traces()
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "architectures": families,
     "language": lambda: render_reference().strip(),
     "verbs": render_verbs,
-    "patterns": patterns,
-    "claims": claims,
-    "traces": traces,
+    "commands": render_commands,
+    "patterns": render_patterns,
+    "claims": render_claims,
+    "traces": render_traces,
 }
 
 

@@ -16,12 +16,22 @@ def render_verbs() -> str:
     return "\n\n".join("\n\n".join(_verb(verb)) for verb in VERBS)
 
 
+def render_commands() -> str:
+    """A table of all verbs, a line each."""
+    rows = (f"| `{_usage(verb)}` | {' '.join(command_of(verb).help.split())} |" for verb in VERBS)
+    return "\n".join(["| command | what it does |", "| --- | --- |", *rows])
+
+
+def _usage(verb: str) -> str:
+    arguments = (_metavar(each) for each in command_of(verb).params if each.param_type_name == "argument")
+    return " ".join(["kvpolicy", verb, *arguments])
+
+
 def _verb(verb: str) -> Iterator[str]:
     command = command_of(verb)
     parameters = [each for each in command.params if each.name not in SHARED]
-    arguments = " ".join(_metavar(each) for each in parameters if each.param_type_name == "argument")
     yield f"## kvpolicy {verb}"
-    yield f"`kvpolicy {verb}{f' {arguments}' if arguments else ''} [options]`"
+    yield f"`{_usage(verb)} [options]`"
     yield " ".join(command.help.split())
     rows = [_row(each) for each in parameters if each.help]
     if rows:
