@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kvpolicy.architecture import architectures
 from kvpolicy.cli.reference import render_commands, render_verbs
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.reference import render_reference
-from kvpolicy.testing.reference import render_claims, render_patterns, render_traces
 
 ROOT = Path(__file__).parents[2]
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n)(?P<text>.*?)(<!-- end of generated part -->)", re.DOTALL)
@@ -39,15 +39,22 @@ def families() -> str:
     return "\n".join(rows)
 
 
+def test_kit(what: str) -> str:
+    """Patterns, claims or traces, as the test kit describes them."""
+    from kvpolicy.testing import reference  # like a verb: nothing that computes is imported before it is needed
+
+    return str(getattr(reference, f"render_{what}")())
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "architectures": families,
     "language": lambda: render_reference().strip(),
     "verbs": render_verbs,
     "commands": render_commands,
-    "patterns": render_patterns,
-    "claims": render_claims,
-    "traces": render_traces,
+    "patterns": partial(test_kit, "patterns"),
+    "claims": partial(test_kit, "claims"),
+    "traces": partial(test_kit, "traces"),
 }
 
 
