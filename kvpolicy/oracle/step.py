@@ -101,11 +101,12 @@ class OracleLayer:
         return found
 
     def _open(self, kind: str, more: bool, new: int) -> None:
-        """The clock advances; the first pass of a turn closes every open page."""
+        """The clock advances; the first token of a prompt turn finds every page closed."""
         if kind == "generated" and (new != 1 or self.in_turn):
             raise ValueError("a generated pass brings one token a row, and only when its prompt turn has ended")
         if kind == "prompt" and not self.in_turn:
             self.heard = 0
+        if kind == "prompt" and self.heard == 0 and new:
             for pool in self._pools():
                 pool.open = False
         self.in_turn = kind == "prompt" and more

@@ -27,6 +27,7 @@ TORCH_DTYPES = {
 class StreamClock:
     """How far one order of arrival has come, per row [B].
 
+    ``host_fills`` are the values that ``fill`` may have in some row, known without asking the device.
     ``seen`` tokens ever admitted; ``fill`` tokens in the newest page (the page size where it is closed); ``opened``
     counts the units that generated tokens have opened; ``ordinal`` is the newest generated token's place in the order.
     """
@@ -43,13 +44,14 @@ class StreamClock:
 
     def reset(self) -> None:
         self.seen.zero_()
-        self.close()
-        self.opened.zero_()
-
-    def close(self) -> None:
-        """Close the open page: the next token opens a new one."""
         self.fill.fill_(self.stream.page)
         self.host_fills = {self.stream.page}
+        self.opened.zero_()
+
+    def close(self, rows: Tensor) -> None:
+        """Close the open page of ``rows`` [B]: the next token opens a new one."""
+        self.fill.masked_fill_(rows, self.stream.page)
+        self.host_fills.add(self.stream.page)
 
     def admit_one(self) -> None:
         """Every row admits one token. The host notes whether any row opens a unit (``opened_now``)."""
@@ -65,11 +67,12 @@ class StreamClock:
         self.seen += 1
 
     def end_turn(self, turn_tokens: Tensor, host_turn_tokens: set[int]) -> None:
-        """A prompt turn of ``turn_tokens`` [B] ended: its last page stays open."""
-        page = self.stream.page
-        if "prompt" in self.stream.admits:
-            self.fill.copy_((turn_tokens - 1) % page + 1)
-            self.host_fills = {(tokens - 1) % page + 1 for tokens in host_turn_tokens}
+        """A prompt turn of ``turn_tokens`` [B] ended: its last page stays open. Rows without any had no turn."""
+        page, admitted = self.stream.page, "prompt" in self.stream.admits
+        if admitted:
+            self.fill.copy_(torch.where(turn_tokens > 0, (turn_tokens - 1) % page + 1, self.fill))
+        before = self.host_fills if 0 in host_turn_tokens else set()
+        self.host_fills = before | {(n - 1) % page + 1 if admitted else page for n in host_turn_tokens if n}
 
 
 class Clocks:
@@ -111,19 +114,19 @@ class Clocks:
                 clock.admit_one()
 
     def open_turn(self) -> None:
-        """A prompt turn begins: every open page is closed."""
+        """A prompt turn begins."""
         self.turn_tokens.zero_()
-        for clock in self.streams:
-            clock.close()
 
     def prompt(self, valid: Tensor) -> Tensor:
         """A prompt pass of the tokens ``valid`` [B, N]: returns their positions [B, N], -1 for padding."""
         before = self.prompt_len + self.t
         position = torch.where(valid, before[:, None] + valid.long().cumsum(1) - 1, -1)
         tokens = valid.sum(1)
+        begins = (self.turn_tokens == 0) & (tokens > 0)
         self.prompt_len += tokens
         self.turn_tokens += tokens
         for clock in self.streams:
+            clock.close(begins)
             if "prompt" in clock.stream.admits:
                 clock.seen += tokens
         return position

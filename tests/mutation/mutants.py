@@ -268,14 +268,14 @@ MUTANTS = (
     Mutant(
         "the open page stays open over a new turn",
         R + "clocks",
-        "        for clock in self.streams:\n            clock.close()\n",
+        "            clock.close(begins)\n",
         "",
     ),
     Mutant(
         "the newest page of a prompt takes one token more",
         R + "clocks",
-        "self.fill.copy_((turn_tokens - 1) % page + 1)",
-        "self.fill.copy_((turn_tokens - 1) % page)",
+        "torch.where(turn_tokens > 0, (turn_tokens - 1) % page + 1, self.fill)",
+        "torch.where(turn_tokens > 0, (turn_tokens - 1) % page, self.fill)",
     ),
     Mutant(
         "a later turn's tokens are counted twice in their pool's order",
