@@ -118,6 +118,12 @@ MUTANTS = (
         "now - memory",
     ),
     Mutant(
+        "rows that bring no token to a pass observe it",
+        R + "pool",
+        "units = active[:, None, None] & sight.state.resident_units(sight.state.pools[self.name])",
+        "units = sight.state.resident_units(sight.state.pools[self.name])",
+    ),
+    Mutant(
         "units of a prompt that are still empty remember it",
         R + "pool",
         "units = active[:, None, None] & sight.state.resident_units(sight.state.pools[self.name])",
