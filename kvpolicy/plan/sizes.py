@@ -139,6 +139,14 @@ def _slack(pool: PoolPlan, lengths: Lengths, pools: list[PoolPlan]) -> int:
     return slack
 
 
+def _rests(pool: PoolPlan, pools: list[PoolPlan]) -> bool:
+    """Whether the size of a pool stays what it was at the end of the prompt until the next one ends."""
+    if "generated" in pool.admits or any(other.to == pool.name for other in pools):
+        return False
+    limits = (pool.budget, pool.window, pool.first)
+    return not pool.evicts or pool.cadence == 0 or all(limit is None or limit.constant is not None for limit in limits)
+
+
 def _victims(pool: PoolPlan, slack: int, pools: list[PoolPlan]) -> int:
     """The most units one update of a generated pass may have to drop; 0 stands for any number.
 
@@ -146,7 +154,8 @@ def _victims(pool: PoolPlan, slack: int, pools: list[PoolPlan]) -> int:
     protection since the last one.
     """
     limits = [quantity for quantity in (pool.budget, pool.window, pool.first) if quantity is not None]
-    moving = {f"{read}({other.name})" for other in pools if "generated" in other.admits for read in ("size", "seen")}
+    moving = {f"size({other.name})" for other in pools if not _rests(other, pools)}
+    moving |= {f"seen({other.name})" for other in pools if "generated" in other.admits}
     if any(limit.names & moving or limit.direction() not in ("constant", "up") for limit in limits):
         return 0
     if pool.page > 1 and pool.window is not None:

@@ -4,7 +4,9 @@ The bound is ``RELATIVE`` = 2**-14 of the scores compared. float32 rounds to 2**
 a dot product of some tens of terms, is off by up to about 2**-17, which the softmax turns into a relative error of the
 same size, and sums over queries, heads and steps add little: this leaves a factor of 8. Scores that are differences
 (logits, page bounds, cosines, weighted sums) can be small while their terms are not, so there the bound is the same
-share of the greatest candidate's. Whole numbers and drawn ones have no bound: float32 holds them exactly.
+share of the greatest candidate's. Below ``LEAST`` float32 has no numbers left, or few: a softmax that is steep enough has
+many weights that are 0 in float32 and in float64 are not. Whole numbers and drawn ones have no bound: float32 holds them
+exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from kvpolicy.oracle import Hit
 from kvpolicy.plan import ScorerPlan
 
 RELATIVE = 2.0**-14
+
+LEAST = 2.0**-120
+"""Somewhat above 2**-126, the least normal number, since products and sums of a few such are compared too."""
 
 
 def boundary(hit: Hit, leaf: ScorerPlan, relative: float) -> set[int]:
@@ -57,5 +62,5 @@ def grain(scorer: ScorerPlan) -> str:
 def bound(kind: str, relative: float, scores: Mapping[int, float], a: int, b: int) -> float:
     """How far apart two scores may be and yet change places in float32."""
     if kind == "greatest":
-        return relative * max(abs(score) for score in scores.values())
-    return relative * max(abs(scores[a]), abs(scores[b]))
+        return max(LEAST, relative * max(abs(score) for score in scores.values()))
+    return max(LEAST, relative * max(abs(scores[a]), abs(scores[b])))
