@@ -4,9 +4,9 @@ The bound is ``RELATIVE`` = 2**-14 of the scores compared. float32 rounds to 2**
 a dot product of some tens of terms, is off by up to about 2**-17, which the softmax turns into a relative error of the
 same size, and sums over queries, heads and steps add little: this leaves a factor of 8. Scores that are differences
 (logits, page bounds, cosines, weighted sums) can be small while their terms are not, so there the bound is the same
-share of the greatest candidate's. Below ``LEAST`` float32 has no numbers left, or few: a softmax that is steep enough has
-many weights that are 0 in float32 and in float64 are not. Whole numbers and drawn ones have no bound: float32 holds them
-exactly.
+share of the greatest candidate's. Below ``LEAST`` float32 has few numbers left, or none: of a softmax that is steep
+enough it knows many weights as 0 which in float64 are not. Whole numbers and drawn ones have no bound: float32 holds
+them exactly.
 """
 
 from __future__ import annotations
