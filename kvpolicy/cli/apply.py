@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from kvpolicy.cli import output
-from kvpolicy.cli.arguments import Json, Settings, Spec, parse_settings
+from kvpolicy.cli.arguments import Json, Model, PromptFile, PromptText, Settings, Spec, parse_settings
 from kvpolicy.cli.page import mib
 from kvpolicy.cli.picture import strip
 from kvpolicy.errors import UsageError
@@ -33,13 +33,9 @@ EPILOG = (
 
 def run(
     spec: Spec,
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="builtin:tiny, builtin:smollm2, a hub id, a folder, a .gguf file.")
-    ] = "builtin:tiny",
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt; built-in models have one of their own.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="A file with the prompt; - for stdin.")] = None,
+    model: Model = "builtin:tiny",
+    prompt: PromptText = None,
+    file: PromptFile = None,
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 256,
     settings: Settings = None,
     compile: Annotated[

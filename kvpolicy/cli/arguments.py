@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,13 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Set a param of the policy; may be given repeatedly."),
 ]
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="builtin:tiny, builtin:smollm2, a hub id, a folder, a .gguf file.")
+]
+PromptText = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="The prompt; built-in models have one of their own.")
+]
+PromptFile = Annotated[Path | None, typer.Option("--file", "-f", help="A file with the prompt; - for stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 ColorOption = Annotated[

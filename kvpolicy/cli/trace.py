@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from kvpolicy.cli import output
 from kvpolicy.cli.apply import asked_to_stop, read_prompt, writer
-from kvpolicy.cli.arguments import Json
+from kvpolicy.cli.arguments import Json, Model, PromptFile, PromptText
 from kvpolicy.cli.page import mib
 from kvpolicy.errors import UsageError
 from kvpolicy.language.base import Complaint
@@ -26,13 +26,9 @@ EPILOG = (
 
 
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="builtin:tiny, builtin:smollm2, a hub id, a folder, a .gguf file.")
-    ] = "builtin:tiny",
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt; built-in models have one of their own.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="A file with the prompt; - for stdin.")] = None,
+    model: Model = "builtin:tiny",
+    prompt: PromptText = None,
+    file: PromptFile = None,
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to generate.")] = 256,
     layers: Annotated[
         str | None, typer.Option("--layers", help="Layers to record, as in 0..3 or 0,7,15; by default all.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvpolicy.errors import MissingExtra
-from kvpolicy.lab.palette import GONE, INK, LINE, MISSED, PAPER, shade
+from kvpolicy.lab.palette import GONE, INK, LINE, MISSED, PAPER, pool_names, shade
 from kvpolicy.lab.simulation import GONE as EVICTED
 from kvpolicy.lab.simulation import MISSED as WANTED_AND_GONE
 from kvpolicy.lab.simulation import UNSAID, Course, Simulation
@@ -128,13 +128,7 @@ def _legend(simulations: Sequence[Simulation]) -> Iterator[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    pools: dict[int, list[str]] = {}
-    for simulation in simulations:
-        for number, name in enumerate(simulation.shown.pools):
-            names = pools.setdefault(number, [])
-            names += [name] if name not in names else []
-    for number, names in pools.items():
-        pool = " or ".join(names)
+    for number, pool in enumerate(pool_names(simulations)):
         yield Patch(facecolor=shade(number).safe, edgecolor=PAPER, hatch="////", label=f"{pool}: safe")
         yield Patch(facecolor=shade(number).ranked, label=f"{pool}: ranked, the lowest goes")
     yield Patch(facecolor=GONE, label="evicted")

@@ -5,7 +5,11 @@ They differ in lightness as well: the pools from each other, and what is safe (d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kvpolicy.lab.simulation import Simulation
 
 
 class Shade(NamedTuple):
@@ -25,6 +29,16 @@ SHADES = (
 
 GONE, MISSED, PAPER, INK, LINE = "#dcdcdc", "#000000", "#ffffff", "#1a1a1a", "#c4c4c4"
 """On white; ``page.css`` has these and their dark counterparts."""
+
+
+def pool_names(simulations: Sequence[Simulation]) -> list[str]:
+    """By pool number, and so by colour, what the pools of these policies are called: `prompt or all`."""
+    names: dict[int, list[str]] = {}
+    for simulation in simulations:
+        for number, name in enumerate(simulation.shown.pools):
+            known = names.setdefault(number, [])
+            known += [name] if name not in known else []
+    return [" or ".join(known) for known in names.values()]
 
 
 def shade(pool: int) -> Shade:

@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 
 from kvpolicy.lab import drawing
-from kvpolicy.lab.palette import shade
+from kvpolicy.lab.palette import pool_names, shade
 from kvpolicy.lab.simulation import WANTED, Course, Loss, Simulation
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -62,13 +62,7 @@ def _file(name: str) -> str:
 
 def _legend(simulations: Sequence[Simulation]) -> Iterator[str]:
     """Each colour and pattern that occurs, with its words."""
-    pools: dict[int, list[str]] = {}
-    for simulation in simulations:
-        for number, name in enumerate(simulation.shown.pools):
-            names = pools.setdefault(number, [])
-            names += [name] if name not in names else []
-    for number, names in pools.items():
-        pool = " or ".join(names)
+    for number, pool in enumerate(pool_names(simulations)):
         paint = drawing.stripes(f"legend-{number}", shade(number).safe, 1, 1)
         yield _key(f'<defs>{paint}</defs><rect width="48" height="30" fill="url(#legend-{number})"/>', f"{pool}: safe")
         yield _key(f'<rect width="48" height="30" fill="{shade(number).ranked}"/>', f"{pool}: ranked, the lowest goes")

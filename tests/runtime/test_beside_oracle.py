@@ -6,23 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.language import Policy, load_policy, loads_policy, shipped_policies
+from kvpolicy.language import Policy, loads_policy
 from kvpolicy.plan import ModelGeometry, make_plan, unsupported
 from kvpolicy.testing.beside import Beside
+from tests.invariants.policies import NAMES, tight
 
 GEOMETRY = ModelGeometry("random", layers=2, query_heads=4, kv_heads=2, head_dim=8)
-SMALL = {
-    "raas": {"budget": 48, "page_size": 4},
-    "h2o": {"heavy": 10, "recent": 6},
-    "tova": {"budget": 20},
-    "streaming-llm": {"sinks": 3, "window": 13},
-    "window": {"window": 17},
-    "random": {"budget": 40, "seed": 3},
-    "random-unpinned": {"budget": 18},
-    **{f"scope-{kind}": {"alpha": 14, "alpha2": 3, "beta1": 9, "beta2": 7} for kind in ("slide", "adaptive")},
-    "scope-discontinuous": {"alpha": 14, "alpha2": 3, "beta1": 9, "beta2": 7, "horizon": 60},
-}
-POLICIES = {name: load_policy(name, set=SMALL.get(name, {})) for name in shipped_policies()}
+POLICIES = {name: tight(name) for name in NAMES}
 
 Draw = Callable[[int, int], list[tuple[Tensor, Tensor, Tensor]]]
 
