@@ -12,11 +12,15 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from hypothesis import assume
-from hypothesis import strategies as st
-
+from kvpolicy.errors import MissingExtra
 from kvpolicy.testing.strategies.policies import draw_policy
 from kvpolicy.testing.strategies.texts import Text, draw_text
+
+try:
+    from hypothesis import assume
+    from hypothesis import strategies as st
+except ImportError:
+    raise MissingExtra("drawing policies needs hypothesis: pip install 'kvpolicy[test]'") from None
 
 __all__ = ["policies", "texts"]
 
