@@ -17,7 +17,7 @@ import numpy as np
 
 from kvpolicy.oracle import Choice, Hit, Kept, Memories, Oracle, Rotate, Step
 from kvpolicy.plan import Plan, PoolPlan, ScorerPlan
-from kvpolicy.testing.float32 import RELATIVE, bound, boundary, grain
+from kvpolicy.testing.float32 import RELATIVE, STEEP, bound, boundary, grain
 
 
 class Disagreement(AssertionError):
@@ -54,7 +54,8 @@ class NearTie:
 class Agreement:
     """An oracle that runs beside a runtime of the same plan, layer by layer and pass by pass.
 
-    ``relative`` is the bound on scores, ``output_tolerance`` that on attention (of its greatest number, or of 1);
+    ``relative`` is the bound on scores, ``output_tolerance`` that on attention (of its greatest number, or of 1) while
+    scaled logits are at most ``STEEP``; beyond, it grows with them, since float32 holds their differences the worse;
     ``rotate`` is the oracle's. ``compared`` counts the kept sets compared (row x layer x KV head x pass).
     """
 
@@ -70,6 +71,7 @@ class Agreement:
     def __post_init__(self) -> None:
         self.oracle = Oracle(self.plan, rows=self.rows, rotate=self.rotate)
         self.doubts: dict[tuple[int, int], Doubts] = {}
+        self.longest_key = 0.0
 
     def check(
         self,
@@ -117,9 +119,11 @@ class Agreement:
             modality=None if modality is None else [[modality[b][int(n)] for n in c] for b, c in enumerate(rows)],
             scaling=scaling,
         )
+        self.longest_key = max(self.longest_key, _longest(key))
+        most = _longest(query) * self.longest_key * (scaling or query.shape[-1] ** -0.5)
         for row, step in enumerate(steps):
             if output is not None:
-                self._check_output(step, array(output)[row][rows[row]])
+                self._check_output(step, array(output)[row][rows[row]], self.output_tolerance * max(1.0, most / STEEP))
             doubts = self.doubts.setdefault((layer, row), Doubts())
             doubts.take(step.hits, self._scorers(layer), self.relative)
             if memory is not None:
@@ -240,15 +244,15 @@ class Agreement:
             doubts.units[place] -= units.keys()
         return self.oracle.adopt(step.layer, step.row, None, taken)
 
-    def _check_output(self, step: Step, output: np.ndarray) -> None:
+    def _check_output(self, step: Step, output: np.ndarray, tolerance: float) -> None:
         assert step.output is not None
         if not output.size:
             return
         error = np.abs(output - step.output).max() / max(1.0, np.abs(step.output).max())
-        if not error <= self.output_tolerance:
+        if not error <= tolerance:
             raise Disagreement(
                 f"layer {step.layer}, row {step.row}, t {step.t} ({step.kind} pass): attention is {error:.3g} off the "
-                f"oracle's, which may be {self.output_tolerance:.3g}"
+                f"oracle's, which may be {tolerance:.3g}"
             )
 
 
@@ -272,6 +276,11 @@ class Doubts:
             elif leaf.memory[0] == "last-hit":
                 unsure -= hit.hits
             unsure |= on_boundary
+
+
+def _longest(vectors: np.ndarray) -> float:
+    """The length of the longest vector; the last axis is D."""
+    return float(np.linalg.norm(vectors, axis=-1).max(initial=0.0))
 
 
 def describe(step: Step, kept: Kept) -> str:

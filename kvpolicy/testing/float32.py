@@ -18,6 +18,10 @@ from kvpolicy.plan import ScorerPlan
 
 RELATIVE = 2.0**-14
 
+STEEP = 128.0
+"""Scaled logits of real models stay below this, or near it. A logit m is off by up to some m * 2**-24 in float32, and
+the attention it makes by as large a share."""
+
 LEAST = 2.0**-120
 """Somewhat above 2**-126, the least normal number, since products and sums of a few such are compared too."""
 
