@@ -27,9 +27,9 @@ TORCH_DTYPES = {
 class StreamClock:
     """How far one order of arrival has come, per row [B].
 
-    ``host_fills`` are the values that ``fill`` may have in some row, known without asking the device.
     ``seen`` tokens ever admitted; ``fill`` tokens in the newest page (the page size where it is closed); ``opened``
     counts the units that generated tokens have opened; ``ordinal`` is the newest generated token's place in the order.
+    ``host_fills`` are the values that ``fill`` may have in some row, known without asking the device.
     """
 
     stream: Stream
