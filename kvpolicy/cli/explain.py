@@ -12,13 +12,13 @@ from kvpolicy.architecture import architectures
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json, Settings, Spec, parse_settings
 from kvpolicy.cli.page import page
-from kvpolicy.cli.shapes import SHAPES, shape_named, shape_of
-from kvpolicy.cli.timeline import PoolTimeline, timeline
 from kvpolicy.cli.words import costs, pool_answers
 from kvpolicy.errors import UsageError
 from kvpolicy.language import load_policy
+from kvpolicy.models.shapes import SHAPES, shape_named, shape_of
 from kvpolicy.plan import LayerPlan, Plan, PoolPlan, make_plan, unsupported
 from kvpolicy.plan.signals import layer_needs
+from kvpolicy.plan.timeline import PoolTimeline, timeline
 
 DEFAULT_MODEL = "builtin:smollm2"
 POINTS = 64

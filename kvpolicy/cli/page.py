@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from kvpolicy.cli import picture
-from kvpolicy.cli.timeline import PoolTimeline
 from kvpolicy.cli.words import costs, plural, pool_answers
 from kvpolicy.plan import Plan
+from kvpolicy.plan.timeline import PoolTimeline
 
 if TYPE_CHECKING:
     from kvpolicy.cli.explain import Explained, Group

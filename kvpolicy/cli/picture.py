@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-from kvpolicy.cli.timeline import PoolTimeline
 from kvpolicy.plan import LayerPlan, PoolPlan
+from kvpolicy.plan.timeline import PoolTimeline
 
 Pick = Callable[[Sequence[int]], int]
 

@@ -1,4 +1,4 @@
-"""Whose shape `kvpolicy explain` plans for: a published model's by name, or what a config says. Imports no torch."""
+"""Shapes of published models by name, and what any model's config says of its shape. No weights, no torch."""
 
 from __future__ import annotations
 
@@ -8,32 +8,50 @@ from typing import Any
 
 from kvpolicy.errors import ModelError
 from kvpolicy.language.vocabulary import nearest
-from kvpolicy.models import load_config
+from kvpolicy.models.builtin import find_builtin
+from kvpolicy.models.load import load_config
 from kvpolicy.plan import ModelGeometry
 
 
-def _published(model_type: str, layers: int, heads: tuple[int, int], vocabulary: int, positions: int) -> dict[str, Any]:
+def _published(
+    model_type: str, layers: int, heads: tuple[int, int], inner: int, vocabulary: int, positions: int
+) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "num_hidden_layers": layers,
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
+        "head_dim": 128,
         "hidden_size": 128 * heads[0],
+        "intermediate_size": inner,
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
 
 
-SHAPES = {  # what each model's config.json says; heads are of size 128 in all of them
-    "llama-3.1-8b": _published("llama", 32, (32, 8), 128_256, 131_072),
-    "llama-3.1-70b": _published("llama", 80, (64, 8), 128_256, 131_072),
-    "mistral-7b-v0.3": _published("mistral", 32, (32, 8), 32_768, 32_768),
-    "marco-o1": _published("qwen2", 28, (28, 4), 152_064, 32_768),
-    "qwen2.5-math-7b": _published("qwen2", 28, (28, 4), 152_064, 4_096),
-    "deepscaler-1.5b": _published("qwen2", 28, (12, 2), 151_936, 131_072),
-    "qwen3-8b": _published("qwen3", 36, (32, 8), 151_936, 40_960),
+SHAPES = {  # what each model's config.json says; heads are of size 128 in all of them but the last
+    "llama-3.1-8b": _published("llama", 32, (32, 8), 14_336, 128_256, 131_072),
+    "llama-3.1-70b": _published("llama", 80, (64, 8), 28_672, 128_256, 131_072),
+    "mistral-7b-v0.3": _published("mistral", 32, (32, 8), 14_336, 32_768, 32_768),
+    "marco-o1": _published("qwen2", 28, (28, 4), 18_944, 152_064, 32_768),
+    "qwen2.5-math-7b": _published("qwen2", 28, (28, 4), 18_944, 152_064, 4_096),
+    "deepscaler-1.5b": _published("qwen2", 28, (12, 2), 8_960, 151_936, 131_072),
+    "qwen3-8b": _published("qwen3", 36, (32, 8), 12_288, 151_936, 40_960),
+    "smollm2-135m": json.loads(find_builtin("builtin:smollm2").config.read_text(encoding="utf-8")),
 }
+
+
+def config_named(name: str) -> dict[str, Any]:
+    """The config of a published model, as the mapping of its ``config.json``.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    if name not in SHAPES:
+        raise ModelError(f"there is no shape {name!r}; {nearest(name, SHAPES).replace('`', '')}")
+    return dict(SHAPES[name])
 
 
 def shape_named(name: str, dtype: str | None) -> ModelGeometry:
@@ -42,9 +60,7 @@ def shape_named(name: str, dtype: str | None) -> ModelGeometry:
     Raises:
         ModelError: there is none of this name, or no cache is stored in this dtype.
     """
-    if name not in SHAPES:
-        raise ModelError(f"there is no shape {name!r}; {nearest(name, SHAPES).replace('`', '')}")
-    return ModelGeometry.from_config(SHAPES[name], dtype)
+    return ModelGeometry.from_config(config_named(name), dtype)
 
 
 def shape_of(model: str, dtype: str | None) -> ModelGeometry:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from math import floor
 
 from kvpolicy.language import Quantity
-from kvpolicy.plan import LayerPlan, Plan, PoolPlan
+from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan
 
 
 @dataclass
