@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.attention import attend_prompt, attend_slots
+from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
@@ -24,7 +24,7 @@ from kvpolicy.runtime.packing import pack
 from kvpolicy.runtime.pool import PoolPolicy, readings
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.turn import Turn
-from kvpolicy.scorers.sight import EveryQuery, NewestQuery, Sight
+from kvpolicy.scorers.sight import EveryQuery, NewestQuery, Sight, sums_probabilities
 
 PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 
@@ -74,6 +74,11 @@ class PolicyLayer(CacheLayerMixin):
         self.ordered = [plan.pools[index] for index in plan.order]
         self.arrival = next((pool for pool in plan.pools if "generated" in pool.admits), None)
         self.reads_logits = {kind: _reads_logits(plan, kind) for kind in (PLAIN, UPDATE)}
+        self.sums_prompt = any(
+            leaf.signal == "attention" and sums_probabilities(leaf)
+            for policy in self.policies.values()
+            for leaf in policy.leaves
+        )
 
     def replan(self, plan: LayerPlan) -> None:
         """Take new sizes and keep what is resident."""
@@ -200,19 +205,42 @@ class PolicyLayer(CacheLayerMixin):
             self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
         self.turn.widen(query.shape[2], self.policies, self.clocks)
         self.turn.admit(key, value, moment.position, moment.place, self.clocks, self.policies)
-        wide = self.turn.state
-        if moment.whole:
+        wide, sums = self.turn.state, None
+        if self.sums_prompt:
+            out, sums = self._attend_and_sum(query, wide, scaling)
+        elif moment.whole:
             grouped = query.shape[1] > key.shape[1]
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
             out = attend_prompt(query, wide.keys, wide.values, moment.position, wide.position, scaling)
-        self._learn_and_drop_prompt(query, wide, scaling)
+        self._learn_and_drop_prompt(query, wide, scaling, sums)
         if not moment.more:
             pack(self.turn.state, self.state, self.clocks)
             self.turn = None
         return rearrange(out, "b q n d -> b n q d")
 
-    def _learn_and_drop_prompt(self, query: Tensor, wide: LayerState, scaling: float) -> None:
+    def _attend_and_sum(self, query: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
+        """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
+        moment = self.moment
+        assert moment.position is not None
+        span = slice(None)
+        if moment.empty:  # all that is there are the pass's own tokens, in order
+            span = wide.span(next(pool for pool in wide.plan.pools if "prompt" in pool.admits))
+        out, found = attend_prompt_and_sum(
+            query,
+            wide.keys[:, :, span],
+            wide.values[:, :, span],
+            moment.position,
+            wide.position[:, :, span],
+            scaling,
+            in_order=moment.empty,
+            padded=not moment.whole,
+        )
+        sums = found.new_zeros(*found.shape[:3], wide.position.shape[2])
+        sums[..., span] = found
+        return out, sums
+
+    def _learn_and_drop_prompt(self, query: Tensor, wide: LayerState, scaling: float, sums: Tensor | None) -> None:
         """Steps 4 and 5 of a prompt pass, on the turn's workspace; only the turn's last pass drops."""
         clocks, last = self.clocks, not self.moment.more
         working = [self.policies[pool.name] for pool in self.ordered if pool.evicts]
@@ -220,7 +248,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         values = readings(wide, clocks)
         candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
-        sights, active = self._prompt_sights(query, wide, scaling, candidates)
+        sights, active = self._prompt_sights(query, wide, scaling, candidates, sums)
         for policy in working:
             policy.observe(sights, clocks, values, active)
         spoken = clocks.turn_tokens > 0  # a row that brought nothing to this turn has had none
@@ -237,14 +265,19 @@ class PolicyLayer(CacheLayerMixin):
                 size.copy_(torch.where(spoken[:, None], units * pool.page, size))
 
     def _prompt_sights(
-        self, query: Tensor, wide: LayerState, scaling: float, candidates: dict[str, Tensor]
+        self,
+        query: Tensor,
+        wide: LayerState,
+        scaling: float,
+        candidates: dict[str, Tensor],
+        sums: Tensor | None,
     ) -> tuple[dict[str, Sight], Tensor]:
         """What scorers see of the prompt pass, and which rows [B] brought any token."""
         position = self.moment.position
         assert position is not None
         active = (position >= 0).any(1)
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
-        sights: dict[str, Sight] = {"all": EveryQuery(wide, scaling, candidates, query, position, before)}
+        sights: dict[str, Sight] = {"all": EveryQuery(wide, scaling, candidates, query, position, before, sums)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
             return sights, active
         newest = position.argmax(1)

@@ -177,30 +177,34 @@ class NewestQuery(Sight):
 class EveryQuery(Sight):
     """All queries of a prompt pass, summed: ``query`` [B, Q, N, D] at ``query_position`` [B, N] (-1 for padding).
 
-    ``position`` [B, K, S] is the state's while they attended.
+    ``position`` [B, K, S] is the state's while they attended; ``probabilities`` [B, K, G, S] is what they paid to each
+    slot of the whole cache, summed, where the pass's attention already found it.
     """
 
     query: Tensor = None  # type: ignore[assignment]
     query_position: Tensor = None  # type: ignore[assignment]
     position: Tensor = None  # type: ignore[assignment]
+    probabilities: Tensor | None = None
 
-    def _sum(self, reduce: Callable[[Tensor], Tensor], keys: Tensor, position: Tensor) -> Tensor:
+    def _sum(self, reduce: Callable[[Tensor, slice], Tensor], keys: Tensor, position: Tensor) -> Tensor:
         return column_sums(self.query, keys, self.query_position, position, self.scaling, reduce)
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span, domain = self.state.span(pool), self.domain(pool, leaf)
-        inside = None if domain is None else domain[:, :, None, None]
+        if self.probabilities is not None and sums_probabilities(leaf):
+            return reduce_heads(self.probabilities[..., span], leaf.heads)
+        inside = None if domain is None else domain.flatten(0, 1)[:, None, None]
 
-        def probabilities(logits: Tensor) -> Tensor:
+        def probabilities(logits: Tensor, some: slice) -> Tensor:
             if leaf.heads == "logits-max":
-                logits = logits.amax(2, keepdim=True)
-            return masked_softmax(logits, inside)
+                logits = logits.amax(1, keepdim=True)
+            return masked_softmax(logits, None if inside is None else inside[some])
 
         summed = self._sum(probabilities, self.state.keys, self.position)[..., span]
         return reduce_heads(summed, leaf.heads)
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
-        summed = self._sum(finite, self.state.keys, self.position)[..., self.state.span(pool)]
+        summed = self._sum(_finite_tile, self.state.keys, self.position)[..., self.state.span(pool)]
         return reduce_heads(summed, leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
@@ -209,7 +213,16 @@ class EveryQuery(Sight):
         high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
         # A page says nothing to queries before its first token.
         above, below = (
-            column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, finite)
+            column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, _finite_tile)
             for side, box in ((self.query.clamp(min=0), high), (self.query.clamp(max=0), low))
         )
         return reduce_heads(above + below, leaf.heads)
+
+
+def sums_probabilities(leaf: Leaf) -> bool:
+    """Whether what a leaf reads of a prompt pass are the summed probabilities of the whole cache, head by head."""
+    return leaf.queries == "all" and leaf.over == "cache" and leaf.heads != "logits-max"
+
+
+def _finite_tile(logits: Tensor, some: slice) -> Tensor:
+    return finite(logits)

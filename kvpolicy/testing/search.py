@@ -52,7 +52,8 @@ def agree(policy: str, text: Mapping[str, Any], *, compiled: bool = False) -> Ag
         hear(OracleAlone(plan), loaded, said)
         return Agreed(refused=missing)
     feed = RuntimeBeside(plan, compiled=compiled)
-    with patch("kvpolicy.attention.torch_backend.TILE_NUMBERS", 1):  # so that a prompt of 17 tokens takes two tiles
+    small = {"MASK_NUMBERS": 1, "TILES": {}, "TILES_ELSEWHERE": (1, 16)}
+    with patch.multiple("kvpolicy.attention.torch_prompt", **small):  # so that a prompt of 17 tokens takes two tiles
         hear(feed, loaded, said)
     agreement, stats = feed.beside.agreement, feed.beside.cache.stats()
     return Agreed(agreement.compared, stats["evicted"], tuple(str(tie) for tie in agreement.near_ties))

@@ -150,8 +150,8 @@ MUTANTS = (
     Mutant(
         "page bounds of queries before the page's first token count",
         S + "sight",
-        "column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, finite)",
-        "column_sums(side, box, self.query_position, self.state.unit_position(pool) * 0, self.scaling, finite)",
+        "column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, _finite_tile)",
+        "column_sums(side, box, self.query_position, self.state.unit_position(pool) * 0, self.scaling, _finite_tile)",
     ),
     Mutant(
         "smoothing looks at the neighbours before only",
