@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvpolicy.errors import CacheError, PolicyError, UsageError
-from kvpolicy.plan import make_plan
+from kvpolicy.plan import Plan, make_plan
 from kvpolicy.runtime import PolicyCache
 
 if TYPE_CHECKING:
@@ -29,12 +29,21 @@ SHARED = 128  # tokens: prompts between two multiples of it are planned alike wh
 def build_cache(
     model: Any, patch: Patch, *, prompt: Lengths, max_new_tokens: int, batch: int, turns: int = 1
 ) -> PolicyCache:
-    """A fresh cache for a patched model; lengths as in `make_plan`."""
-    # The model may have been cast since the policy was applied.
-    geometry = replace(patch.geometry, dtype=str(model.dtype).removeprefix("torch."))
-    plan = make_plan(patch.policy, geometry, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, turns=turns)
+    """A fresh cache for a patched model, the caller's own; lengths as in `make_plan`."""
+    plan = plan_for(model, patch, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, turns=turns)
     with torch.inference_mode(False):  # made inside inference mode, its tensors could never be written outside again
-        return PolicyCache(plan, device=model.device, dtype=model.dtype)
+        return PolicyCache(plan, **settings_for(model, patch))
+
+
+def plan_for(model: Any, patch: Patch, **lengths: Any) -> Plan:
+    """The plan of a cache for a patched model, which may have been cast since the policy was applied."""
+    geometry = replace(patch.geometry, dtype=str(model.dtype).removeprefix("torch."))
+    return make_plan(patch.policy, geometry, **lengths)
+
+
+def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
+    """What a cache for this model is made with, beside its plan."""
+    return {"device": model.device, "dtype": model.dtype}
 
 
 def lengths_to_plan(patch: Patch, prompt: tuple[int, int]) -> list[tuple[int, int]]:
@@ -88,14 +97,19 @@ class CacheBuilder:
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
         if cache is None:
-            build = partial(build_cache, self.model, self.patch, max_new_tokens=turn.max_new_tokens, batch=rows)
-            prompts = lengths_to_plan(self.patch, turn.prompt)
-            model_kwargs["past_key_values"] = first_that_fits(prompts, lambda prompt: build(prompt=prompt))
+            model_kwargs["past_key_values"] = self._lend(turn, rows)
         else:
             self._defer(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             cache._is_user_defined = True  # so do recent versions of transformers; decoding loops ask for it
             turn.make_room(cache, self.patch)
         turn.announce(model_kwargs["past_key_values"])
+
+    def _lend(self, turn: Turn, rows: int) -> PolicyCache:
+        """An empty cache for one call; the one of the last call, where a decode loop gave it back and it is alike."""
+        plan = partial(plan_for, self.model, self.patch, max_new_tokens=turn.max_new_tokens, batch=rows)
+        found = first_that_fits(lengths_to_plan(self.patch, turn.prompt), lambda prompt: plan(prompt=prompt))
+        with torch.inference_mode(False):
+            return self.patch.shelf.lend(self.model, found, settings_for(self.model, self.patch))
 
     def _defer(self, *arguments: Any) -> None:
         type(self.model)._prepare_cache_for_generation(self.model, *arguments)

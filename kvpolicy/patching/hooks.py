@@ -47,7 +47,8 @@ class ModelHook:
         """Tell the cache what is coming, and leave nothing in the arguments that grows."""
         self._check(model, cache, inputs.shape[0], given)
         seen, columns = cache.get_seq_length(), inputs.shape[1]
-        cache.begin(columns, newest_validity(given.get("attention_mask"), columns))
+        if not cache.opened_ahead:
+            cache.begin(columns, newest_validity(given.get("attention_mask"), columns))
         if given.get("position_ids") is None:  # what the model would count itself, had the pass not been opened yet
             given["position_ids"] = torch.arange(seen, seen + columns, device=inputs.device)[None]
         # The cache knows what is padding and what is causal. A 4-D mask passes through transformers untouched, so
@@ -66,7 +67,7 @@ class ModelHook:
                 f"this cache was made for {cache.plan.batch} rows and {len(cache.layers)} layers, but the pass has "
                 f"{rows} rows and the model {self.layers} layers; make one with kvpolicy.cache_for(model, batch={rows})"
             )
-        if cache.moment.kind is not None:
+        if cache.moment.kind is not None and not cache.opened_ahead:
             raise CacheError(
                 "a pass over this cache is open already: the last one failed halfway, and its layers disagree about "
                 "what they have seen (call cache.reset() and start over), or cache.begin was called by hand (the model "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
+from kvpolicy.runtime.shelf import Shelf
 
 ATTRIBUTE = "_kvpolicy"
 FORMAT = 1  # of config.kv_policy
@@ -31,7 +32,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class Patch:
     """What `apply` did to one model; it lives on the model, as its only new attribute with a name of ours.
 
-    `compiler` is None where steps run eagerly.
+    `compiler` is None where steps run eagerly. `shelf` keeps one cache between two calls of `generate`.
     """
 
     policy: Policy
@@ -39,6 +40,12 @@ class Patch:
     previous: str
     compiler: StepCompiler | None
     journal: Journal
+    shelf: Shelf = field(default_factory=Shelf)
+
+    def take_off(self) -> None:
+        """Undo every change, and free the cache that is kept for a next call."""
+        self.journal.undo()
+        self.shelf.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -90,7 +97,7 @@ def remove(model: PreTrainedModel) -> None:
     Raises:
         UsageError: the model carries no policy.
     """
-    patch_of(model).journal.undo()
+    patch_of(model).take_off()
 
 
 @contextmanager
@@ -103,7 +110,7 @@ def applied(
     try:
         yield model
     finally:
-        patch.journal.undo()
+        patch.take_off()
 
 
 def cache_for(

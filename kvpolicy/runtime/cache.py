@@ -29,6 +29,8 @@ class PolicyCache(Cache):
         UsageError: the policy says what this runtime cannot do yet.
     """
 
+    loan: Any = None  # a shelf's, where the cache came from one (runtime/shelf.py)
+
     def __init__(self, plan: Plan, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
         check_supported(plan)
         stored = TORCH_DTYPES[plan.geometry.dtype]
@@ -60,7 +62,7 @@ class PolicyCache(Cache):
         self.turn_columns = 0
         self.expected: int | None = None
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
-        self.moment.kind = None
+        self.finish()
 
     # Opening a pass -----------------------------------------------------------------------------------------------
 
@@ -87,17 +89,25 @@ class PolicyCache(Cache):
             in_turn = self.turn_columns > 0 or self.expected is not None
             kind = "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
         if kind == "generated":
-            self._begin_generated(columns, valid)
-        elif kind == "prompt":
-            self._begin_prompt(columns, valid, more)
-        else:
+            opened = self.open_step(columns, valid)
+            self.clocks.advance()
+            return opened
+        if kind != "prompt":
             raise CacheError(f"a pass is of kind prompt or generated, not {kind!r}")
+        self._begin_prompt(columns, valid, more)
         self.clocks.columns += columns
-        assert self.moment.kind is not None
-        self.passes[self.moment.kind] += 1
-        return self.moment.kind
+        self.passes[PROMPT] += 1
+        return PROMPT
 
-    def _begin_generated(self, columns: int, valid: Tensor | None) -> None:
+    def open_step(self, columns: int = 1, valid: Tensor | None = None) -> str:
+        """The host's half of ``begin`` for a generated pass: "plain" or "update"; asks and tells the device nothing.
+
+        Whoever calls it owes the device its half, ``clocks.advance()``, and then the pass and ``finish()``: a recorded
+        step replays them.
+
+        Raises:
+            CacheError: as ``begin``.
+        """
         if columns != 1:
             raise CacheError(f"a generated pass takes one token a row, got {columns} columns; feed them one by one")
         if self.turn_columns:
@@ -109,9 +119,11 @@ class PolicyCache(Cache):
                 f"this cache was planned for {self.plan.max_new_tokens} generated tokens and has them all; plan for "
                 "more (max_new_tokens) or call cache.extend(max_new_tokens=…) between passes"
             )
-        self.clocks.generated()
+        self.clocks.count()
         self.moment.columns = 1
-        self.moment.kind = UPDATE if self._update_due() else PLAIN
+        self.moment.kind = kind = UPDATE if self._update_due() else PLAIN
+        self.passes[kind] += 1
+        return kind
 
     def _begin_prompt(self, columns: int, valid: Tensor | None, more: bool | None) -> None:
         first, empty = self.turn_columns == 0, self.clocks.columns == self.turn_columns
@@ -170,6 +182,7 @@ class PolicyCache(Cache):
     def finish(self) -> None:
         """Close the pass: the last layer has run. A pass that nobody opened then fails instead of running stale."""
         self.moment.kind = None
+        self.opened_ahead = False  # whether a stepper opened the pass: the model's hook then must not
 
     def expect_prompt(self, columns: int) -> None:
         """Announce the columns of the coming prompt turn, so that its chunks know which of them is the last."""

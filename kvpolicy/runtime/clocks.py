@@ -53,14 +53,19 @@ class StreamClock:
         self.fill.masked_fill_(rows, self.stream.page)
         self.host_fills.add(self.stream.page)
 
+    def count_one(self) -> None:
+        """The host's half of a token in every row: it notes whether any row opens a unit (``opened_now``)."""
+        page = self.stream.page
+        self.opened_now = page in self.host_fills
+        if page > 1:
+            self.host_fills = {1 if fill == page else fill + 1 for fill in self.host_fills}
+
     def admit_one(self) -> None:
-        """Every row admits one token. The host notes whether any row opens a unit (``opened_now``)."""
-        self.opened_now = self.stream.page in self.host_fills
+        """The device's half: every row admits one token."""
         if self.stream.page > 1:
             opens = self.fill == self.stream.page
             self.fill.copy_(torch.where(opens, 1, self.fill + 1))
             self.opened += opens
-            self.host_fills = {1 if fill == self.stream.page else fill + 1 for fill in self.host_fills}
         else:
             self.opened += 1
         self.ordinal.copy_(self.seen)
@@ -104,9 +109,16 @@ class Clocks:
         for clock in self.streams:
             clock.reset()
 
-    def generated(self) -> None:
-        """A generated pass: one token in every row."""
+    def count(self) -> None:
+        """A generated pass, one token in every row: the host's half, which no graph reads."""
         self.host_t += 1
+        self.columns += 1
+        for clock in self.streams:
+            if "generated" in clock.stream.admits:
+                clock.count_one()
+
+    def advance(self) -> None:
+        """A generated pass: the device's half, which can be recorded and replayed."""
         self.position.copy_(self.prompt_len + self.t)
         self.t += 1
         for clock in self.streams:

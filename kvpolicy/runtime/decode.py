@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutput
 
 from kvpolicy.errors import UsageError
 from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.choosing import Choice, sample
+from kvpolicy.runtime.stepping import Stepper, is_watched
 
 KEPT = ("scores", "logits", "attentions", "hidden_states")  # what generate returns of every step when asked to
 
@@ -30,12 +33,14 @@ class DecodeLoop:
 
     check_every: tokens between two looks at which rows have ended; what was decoded past the end is cut off. Where the
         caller keeps the cache, every token: no policy's cache can be rolled back.
+    capture: False: generated steps are never captured as CUDA graphs; None: they are, on CUDA.
     streamer: gets the prompt and then the tokens, `check_every` at a time. `generate` does not pass its own `streamer`
         on to a custom loop, so it must be given here.
     """
 
     check_every: int = 16
     streamer: BaseStreamer | None = None
+    capture: bool | None = None
 
     def __post_init__(self) -> None:
         if self.check_every < 1:
@@ -92,7 +97,7 @@ class _Run:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> None:
-        self.model, self.config, self.streamer = model, config, loop.streamer
+        self.model, self.config, self.streamer, self.capture = model, config, loop.streamer, loop.capture
         self.processor: Any = processor
         self.criteria: Any = criteria
         rows, self.start = input_ids.shape
@@ -115,16 +120,49 @@ class _Run:
             self.streamer.put(self.text[:, : self.start].cpu())
         outputs = self.model._prefill(self.text[:, : self.start], self.config, kwargs)
         cache = outputs.past_key_values
-        made_for_this_call = isinstance(cache, PolicyCache) and not getattr(cache, "_is_user_defined", False)
-        if self.may_stop_early and (self.config.return_dict_in_generate or not made_for_this_call):
+        exposed = self.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        if self.may_stop_early and (exposed or not isinstance(cache, PolicyCache)):
             self.check_every = 1  # the caller sees the cache: nothing may enter that the stock loop would not decode
         self._select(outputs)
-        while not self._ended():
-            outputs = self.model(**inputs.next(self.length), past_key_values=cache, return_dict=True)
-            self._select(outputs)
+        if isinstance(cache, PolicyCache) and not {"attentions", "hidden_states"} & self.kept.keys():
+            self._step(cache, inputs, outputs, exposed)
+        else:
+            while not self._ended():
+                outputs = self.model(**inputs.next(self.length), past_key_values=cache, return_dict=True)
+                self._select(outputs)
         if self.streamer is not None:
             self.streamer.end()
         return self._result(cache)
+
+    def _step(self, cache: PolicyCache, inputs: _StepInputs, prompt: Any, exposed: bool) -> None:
+        """Token by token through a stepper, which chooses them as well where their logits are all that it takes."""
+        loan = cache.loan
+        stepper = loan.take_stepper(self.model, cache) if loan is not None else Stepper(self.model, cache)
+        stepper.may_record = self.capture is not False and not is_watched(self.model)
+        choice = None
+        if not self.kept:
+            choice = Choice.of(self.processor, self.criteria, self.config, prompt.logits[:, -1])
+        started = False
+        while not self._ended():
+            newest = self.text[:, self.length - 1 : self.length]
+            if not started:
+                stepper.start(newest, None if inputs.position is None else inputs.position + 1, self.unfinished)
+                started = True
+            if choice is None:
+                logits = stepper.step(newest, **inputs.fixed)
+                self._select(CausalLMOutput(logits=logits[:, None]))
+            else:
+                stepper.advance(choice, **inputs.fixed)
+                self._take(stepper)
+        if loan is not None and not exposed:
+            loan.give_back(stepper)
+
+    def _take(self, stepper: Stepper) -> None:
+        """Write down what a step chose."""
+        self.text[:, self.length] = stepper.tokens[:, 0]
+        self.length += 1
+        if self.may_stop_early:
+            self.alive[self.length] = stepper.alive
 
     def _select(self, outputs: Any) -> None:
         """Choose the next token of every row, as the stock loop does, and write it into the text."""
@@ -134,7 +172,7 @@ class _Run:
         available = {"scores": scores, "logits": logits}
         for name, kept in self.kept.items():
             kept.append(available[name] if name in available else getattr(outputs, name))
-        tokens = _sample(scores) if self.config.do_sample else scores.argmax(-1)
+        tokens = sample(scores) if self.config.do_sample else scores.argmax(-1)
         if self.pad is not None:
             tokens = tokens * self.unfinished + self.pad * (1 - self.unfinished)
         self.text[:, self.length] = tokens
@@ -199,12 +237,3 @@ class _StepInputs:
         if self.mask is not None:
             inputs["attention_mask"] = self.mask[:, : length + self.ahead]
         return inputs
-
-
-def _sample(scores: Tensor) -> Tensor:
-    """One draw per row [B] from scores [B, V]: the numbers of `torch.multinomial`, without its look at the device.
-
-    multinomial divides by exponential noise and takes the largest; it also asks the host whether the weights are sane.
-    """
-    weights = nn.functional.softmax(scores, dim=-1)
-    return (weights / torch.empty_like(weights).exponential_(1)).argmax(-1)

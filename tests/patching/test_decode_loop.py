@@ -8,7 +8,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvpolicy import UsageError
 from kvpolicy.patching import apply, cache_for
-from kvpolicy.runtime.decode import DecodeLoop, _sample, decode_loop
+from kvpolicy.runtime.choosing import sample
+from kvpolicy.runtime.decode import DecodeLoop, decode_loop
 
 PROCESSED = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 4, "suppress_tokens": [0, 5]}
 
@@ -54,7 +55,7 @@ def test_a_draw_is_a_draw_of_multinomial():
         torch.manual_seed(seed)
         expected = torch.multinomial(scores.softmax(-1), 1)[:, 0]
         torch.manual_seed(seed)
-        assert torch.equal(_sample(scores), expected)
+        assert torch.equal(sample(scores), expected)
 
 
 @pytest.mark.parametrize("check_every", [1, 3, 1000])
