@@ -1,0 +1,80 @@
+"""What the queries of a prompt pass say of each slot, heads reduced; and what the newest of them say on average.
+
+Plain torch, in tiles: it defines what ``kernels.prompt`` must compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.torch_prompt import column_sums
+
+SIGNALS = ("attention", "logits")
+HEADS = ("each", "mean", "max", "sum", "logits-max")
+
+
+def prompt_scores(
+    query: Tensor,
+    keys: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    scaling: float,
+    signal: str,
+    heads: str,
+) -> Tensor:
+    """Sum over the queries of their probabilities (``attention``) or scaled q.k (``logits``), then heads reduced.
+
+    Shapes: query [B, Q, N, D], keys [B, K, S, D], query_position [B, N] (-1 for padding), key_position [B, K, S] (-1
+    for a slot that is empty, or outside of what the softmax is taken over) -> float32 [B, K, 1, S], and [B, K, G, S]
+    for heads ``each``. A query sees the slots at its own position and before. ``logits-max`` takes the maximum over
+    heads before the softmax, and for ``logits`` after the sum, as ``max`` does.
+    """
+
+    def reduce(logits: Tensor, some: slice) -> Tensor:
+        if signal == "logits":
+            return torch.where(logits.isinf(), 0.0, logits)
+        if heads == "logits-max":
+            logits = logits.amax(1, keepdim=True)
+        return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
+
+    summed = column_sums(query, keys, query_position, key_position, scaling, reduce)
+    if heads == "each":
+        return summed
+    if heads in ("max", "logits-max"):
+        return summed.amax(2, keepdim=True)
+    return summed.sum(2, keepdim=True) if heads == "sum" else summed.mean(2, keepdim=True)
+
+
+def newest_queries(query: Tensor, query_position: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """The newest ``last`` queries of each row, [B, Q, w, D], and their positions [B, w], in any order.
+
+    A row with fewer has -1 for the rest; w is ``last``, or N where the pass is shorter.
+    """
+    width = min(last, query_position.shape[1])
+    position, columns = query_position.topk(width, dim=1)
+    index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index), position
+
+
+def window_scores(
+    query: Tensor,
+    keys: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    scaling: float,
+    last: int,
+    signal: str,
+    heads: str,
+    scores: Callable[..., Tensor] = prompt_scores,
+) -> Tensor:
+    """The same averaged over the newest ``last`` queries of each row (SnapKV, arXiv:2404.14469), heads reduced.
+
+    A row whose pass brought fewer is averaged over those. Shapes and the rest as in ``prompt_scores``; ``scores`` is
+    what computes it, here and in other backends.
+    """
+    newest, position = newest_queries(query, query_position, last)
+    summed = scores(newest, keys, position, key_position, scaling, signal, heads)
+    return summed / (position >= 0).sum(1).clamp(min=1)[:, None, None, None]
