@@ -1,0 +1,216 @@
+"""A budget for any policy: settings of its params with which it holds so many tokens in all.
+
+No policy is known by name. A param is a *size* where halving it lowers what a policy holds of an endless text by at
+least a quarter of its value, and leaves the pages as they are. A size called ``budget`` is set alone; otherwise all
+sizes are scaled by one factor. Params that the user set stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from kvpolicy.errors import PolicyError, UsageError
+from kvpolicy.language import Policy, QuantityError
+from kvpolicy.plan import ModelGeometry, Plan, make_plan
+
+HALVINGS = 16
+"""How often a param is halved, and how often all are doubled, in search of the budget."""
+
+ENDLESS = 10**7
+"""Tokens of a text in which every pool gets as full as it may."""
+
+Values = dict[str, Fraction]
+Planner = Callable[[Values], Plan]
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """A policy that holds a budget. ``settings`` are what ``--set`` would say; ``held``: the plan's bound, the mean of
+    its layers; ``plan``: of a single row."""
+
+    policy: Policy
+    settings: dict[str, str]
+    held: int
+    plan: Plan
+
+
+def with_budget(
+    policy: Policy,
+    budget: int | None,
+    geometry: ModelGeometry,
+    *,
+    prompt: int,
+    max_new_tokens: int,
+    given: Mapping[str, str] | None = None,
+) -> Budgeted:
+    """The policy with params under which it holds ``budget`` tokens, a few less where pages or shares are rounded.
+
+    Args:
+        budget: None leaves the policy as it is.
+        prompt, max_new_tokens: tokens of the text it is for; params that are shares of the prompt become numbers.
+        given: params that the user set; they are put in and stay.
+
+    Raises:
+        UsageError: no scaling of its params comes to the budget, or the prompt alone is more than that.
+        PolicyError: the policy cannot be resolved for this shape.
+    """
+    given = dict(given or {})
+    base = policy.bind(**given) if given else policy
+    shape = geometry if _minds_layers(base) else replace(geometry, layers=1)
+
+    def planner(prompt: int, new: int, shape: ModelGeometry = shape) -> Planner:
+        def plan_for(values: Values) -> Plan:
+            bound = base.bind(**given, **_settings(values)) if values else base
+            return make_plan(bound, shape, prompt=prompt, max_new_tokens=new)
+
+        return plan_for
+
+    found: Values = {}
+    if budget is not None:
+        values = _numbers(base, given, prompt, max_new_tokens)
+        search = _Search(budget, planner(prompt, max_new_tokens))
+        endless = [planner(ENDLESS, ENDLESS), planner(prompt, ENDLESS)]
+        fit = search.run(values, lambda: [name for name in values if _is_size(name, values[name], endless)])
+        if fit is None:
+            raise UsageError(
+                f"no scaling of the params of {policy.name} makes it hold {budget:,} tokens beside a prompt of "
+                f"{prompt:,} and {max_new_tokens:,} new ones{search.reason}; set its params yourself with "
+                "--set NAME=VALUE, without --budget"
+            )
+        found = fit
+    settings = {**given, **_settings(found)}
+    plan = planner(prompt, max_new_tokens, geometry)(found)
+    return Budgeted(base.bind(**settings) if settings else base, settings, held_by(plan), plan)
+
+
+class _Search:
+    """Looks for values of params with which a policy holds a budget; ``reason`` is the first refusal on the way."""
+
+    def __init__(self, budget: int, plan_for: Planner) -> None:
+        self.budget, self.plan_for, self.reason = budget, plan_for, ""
+
+    def held(self, values: Values) -> int | None:
+        try:
+            return held_by(self.plan_for(values))
+        except (PolicyError, UsageError) as refusal:
+            self.reason = self.reason or f" ({str(refusal).splitlines()[0]})"
+            return None
+
+    def run(self, values: Values, sizes: Callable[[], list[str]]) -> Values | None:
+        """Settings that come to the budget, of ``budget`` alone or of all ``sizes``; None where there are none."""
+        direct = {"budget": Fraction(self.budget)}
+        if "budget" in values and self._fits(direct):
+            return direct
+        names = sizes()
+        chosen = {name: values[name] for name in (["budget"] if "budget" in names else names)}
+        scaled = self._bisect(chosen) if chosen else {}
+        if scaled is None:
+            return None
+        for name in sorted(scaled, key=lambda name: -scaled[name]):  # what rounding left over, to the largest it fits
+            missing = self.budget - (self.held(scaled) or self.budget)
+            more = scaled | {name: scaled[name] + missing}
+            if missing and scaled[name].denominator == 1 and (self.held(more) or self.budget + 1) <= self.budget:
+                scaled = more
+        return scaled if self._fits(scaled) else None
+
+    def _fits(self, values: Values) -> bool:
+        """Whether this comes to the budget but for a page, or for a token or two that rounding takes."""
+        tokens = self.held(values)
+        if tokens is None:
+            return False
+        page = max(pool.page for layer in self.plan_for(values).layers for pool in layer.pools)
+        return abs(tokens - self.budget) <= max(2, page)
+
+    def _bisect(self, sizes: Values) -> Values | None:
+        """The largest scaling of all sizes with which no more than the budget is held; None where there is none."""
+
+        def scaled(factor: Fraction) -> Values:
+            return {name: _scaled(value, factor) for name, value in sizes.items()}
+
+        low, high = Fraction(0), Fraction(1)
+        while (self.held(scaled(high)) or self.budget + 1) <= self.budget and high < 2**HALVINGS:
+            low, high = high, high * 2
+        for _ in range(24):
+            middle = (low + high) / 2
+            tokens = self.held(scaled(middle))
+            if tokens is not None and tokens <= self.budget:
+                low = middle
+            else:
+                high = middle
+        return scaled(low) if low else None
+
+
+def _is_size(name: str, value: Fraction, planners: list[Planner]) -> bool:
+    """Whether a param says how many tokens stay; see the module's docstring. The first planner that has a plan asks."""
+    if value <= 0:
+        return False
+    for plan_for in planners:
+        last: tuple[Fraction, Plan] | None = None
+        for tried in _halved(value):
+            try:
+                plan = plan_for({name: tried})
+            except (PolicyError, UsageError):
+                continue
+            if last is not None and _pages(last[1]) != _pages(plan):
+                return False
+            if last is not None and held_by(last[1]) - held_by(plan) >= max(1, last[0] / 4):
+                return True
+            last = tried, plan
+        if last is not None:
+            return False
+    return False
+
+
+def _halved(value: Fraction) -> Iterator[Fraction]:
+    """A param's value, its half, and so on."""
+    for halving in range(HALVINGS):
+        yield (tried := _scaled(value, Fraction(1, 2**halving)))
+        if tried <= (1 if value >= 1 else Fraction(1, 100)):
+            return
+
+
+def _numbers(policy: Policy, given: Mapping[str, str], prompt: int, new: int) -> Values:
+    """Params that are numbers at these lengths, but for those that were given."""
+    known = {"prompt_len": prompt, "context": prompt + new, "t": new, "max_new_tokens": new}
+    found = {}
+    for name, param in policy.params.items():
+        value = param.value.fold(known)
+        if name in given or value.constant is None:
+            continue
+        found[name] = value.constant
+    return found
+
+
+def _scaled(value: Fraction, factor: Fraction) -> Fraction:
+    """A size in tokens stays a whole number of them, at least 1; a share is in ten-thousandths."""
+    if value >= 1:
+        return Fraction(max(1, round(value * factor)))
+    return Fraction(max(1, round(value * factor * 10_000)), 10_000)
+
+
+def _settings(values: Mapping[str, Fraction]) -> dict[str, str]:
+    return {
+        name: str(value.numerator) if value.denominator == 1 else str(float(value)) for name, value in values.items()
+    }
+
+
+def held_by(plan: Plan) -> int:
+    """Tokens held after an update per row and KV head, the mean of the layers."""
+    return round(Fraction(sum(layer.bound for layer in plan.layers), len(plan.layers)))
+
+
+def _pages(plan: Plan) -> list[int]:
+    return [pool.page for layer in plan.layers for pool in layer.pools]
+
+
+def _minds_layers(policy: Policy) -> bool:
+    """Whether layers may differ. Raises nothing: what cannot be folded is not about layers."""
+    if policy.overrides:
+        return True
+    try:
+        texts = policy.model_dump_json(include={"pools"})
+    except QuantityError:
+        return True
+    return "layer" in texts
