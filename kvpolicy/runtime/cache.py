@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
@@ -24,14 +25,23 @@ class PolicyCache(Cache):
     Args:
         plan: what ``make_plan`` made of a policy, a model's geometry and the lengths to come.
         device: where the slots lie. They have the plan's dtype.
+        backend: who computes attention in generated passes: "torch", "triton", or "auto", which is triton on a GPU
+            where it can run. ``cache.backend`` says what was chosen, ``cache.backend_reason`` why.
 
     Raises:
-        UsageError: the policy says what this runtime cannot do yet.
+        UsageError: the policy says what this runtime cannot do yet, or triton was asked for where it cannot run.
     """
 
     loan: Any = None  # a shelf's, where the cache came from one (runtime/shelf.py)
 
-    def __init__(self, plan: Plan, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
         check_supported(plan)
         stored = TORCH_DTYPES[plan.geometry.dtype]
         if dtype is not None and dtype != stored:
@@ -40,7 +50,11 @@ class PolicyCache(Cache):
         self.device = torch.device(device)
         self.clocks = Clocks(plan, self.device)
         self.moment = Moment()
-        layers = [PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device) for layer in plan.layers]
+        self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
+        layers = [
+            PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device, self.backend)
+            for layer in plan.layers
+        ]
         super().__init__(layers=layers)
         self._note_cadences()
         self._forget()

@@ -16,10 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots
+from kvpolicy.attention.backends import TORCH, TRITON
+from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.evict import drop_all_at_once, drop_some, record_size
+from kvpolicy.runtime.fused import Fusion
 from kvpolicy.runtime.packing import pack
 from kvpolicy.runtime.pool import PoolPolicy, readings
 from kvpolicy.runtime.state import LayerState
@@ -57,9 +60,18 @@ class PolicyLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, plan: LayerPlan, geometry: ModelGeometry, clocks: Clocks, moment: Moment, device: Any) -> None:
+    def __init__(
+        self,
+        plan: LayerPlan,
+        geometry: ModelGeometry,
+        clocks: Clocks,
+        moment: Moment,
+        device: Any,
+        backend: str = TORCH,
+    ) -> None:
         super().__init__()
         self.geometry = geometry
+        self.backend = backend
         self.clocks = clocks
         self.moment = moment
         self.device = torch.device(device)
@@ -74,6 +86,9 @@ class PolicyLayer(CacheLayerMixin):
         self.ordered = [plan.pools[index] for index in plan.order]
         self.arrival = next((pool for pool in plan.pools if "generated" in pool.admits), None)
         self.reads_logits = {kind: _reads_logits(plan, kind) for kind in (PLAIN, UPDATE)}
+        fusion = Fusion.of(plan, self.geometry) if self.backend == TRITON else f"the backend is {self.backend}"
+        self.fused = None if isinstance(fusion, str) else fusion.bind(self.state, self.clocks)
+        self.unfused_reason = fusion if isinstance(fusion, str) else None
         self.sums_prompt = any(
             leaf.signal == "attention" and sums_probabilities(leaf)
             for policy in self.policies.values()
@@ -138,11 +153,18 @@ class PolicyLayer(CacheLayerMixin):
     # One generated token a row ------------------------------------------------------------------------------------
 
     def _token(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, kind: str) -> Tensor:
+        if self.fused is not None:
+            return self.fused(query, key, value, scaling, kind == UPDATE)
         state = self.state
         self._admit(key, value)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         sight = NewestQuery(state, scaling, {}, grouped)
-        if self.reads_logits[kind]:
+        if self.backend == TRITON:
+            wanted = self.reads_logits[kind]
+            out, logits = decode_attention(grouped, state.keys, state.values, state.position, scaling, wanted)
+            if wanted:
+                sight.all_logits, sight.probabilities = logits, torch.softmax(logits, dim=-1)
+        elif self.reads_logits[kind]:
             out, sight.all_logits, sight.probabilities = attend_slots(
                 grouped, state.keys, state.values, state.position < 0, scaling
             )
