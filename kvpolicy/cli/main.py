@@ -22,6 +22,7 @@ VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported wh
     "explain",
     "validate",
     "simulate",
+    "bench",
     "test",
     "new",
     "trace",

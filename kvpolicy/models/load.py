@@ -134,6 +134,17 @@ def _dtype(torch: Any, dtype: Any) -> Any:
     return kind
 
 
+def place_of(device: Any = None) -> Any:
+    """The torch.device of a name; None means the GPU if there is one.
+
+    Raises:
+        UsageError: torch cannot use it.
+    """
+    import torch
+
+    return _device(torch, device)
+
+
 def _device(torch: Any, device: Any) -> Any:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

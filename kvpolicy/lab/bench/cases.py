@@ -21,6 +21,9 @@ WARM = 16
 LOOKED_AT = 4
 """The last steps of the warm-up, in which memory is measured, and as many again in which launches are counted."""
 
+CYCLES = 4
+"""Updates that come before the first timed step: each kind of step is captured after it ran a few times."""
+
 SHARES = (15 / 16, 1 / 2, 1 / 4)
 """Prompts, as shares of a budget, that a policy gets which cannot hold the whole context: the first that fits."""
 
@@ -150,7 +153,7 @@ def _prompts(longest: int, budget: int | None) -> Iterator[int]:
 
 
 def _ready(plan: Plan) -> int | None:
-    """The step by which every pool that evicts generated tokens has done so, and gone through a cycle of updates; 0 for
+    """The step by which every pool that evicts generated tokens has done so, and some updates after it; 0 for
     policies that only cut the prompt; None where that does not come within the plan's steps."""
     last = evicted = 0
     for layer in dict.fromkeys(replace(layer, index=0) for layer in plan.layers):
@@ -162,7 +165,7 @@ def _ready(plan: Plan) -> int | None:
             fired = next((t for t, more in enumerate(grew, 1) if not more), None)
             if fired is None:
                 return None
-            last = max(last, fired + max(pool.cadence, pool.page))
+            last = max(last, fired + CYCLES * max(pool.cadence, pool.page))
     return last if evicted else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvpolicy.errors import PolicyError, UsageError
-from kvpolicy.lab.bench.arms import Arm, make_arm
+from kvpolicy.lab.bench.arms import Arm, make_arm, refusal
 from kvpolicy.lab.bench.cases import LOOKED_AT, Case, full_cache, policy_case
 from kvpolicy.lab.bench.counting import kernels_visible, launches
 from kvpolicy.lab.bench.memory import available, gigabytes, measured, total
@@ -89,10 +89,16 @@ class Bench:
     """One model, some policies, one set of options."""
 
     def __init__(self, model: Any, subjects: Sequence[Subject], options: Options, tell: Tell = lambda text: None):
-        self.model, self.subjects, self.options, self.tell = model, subjects, options, tell
+        self.model, self.subjects, self.tell = model, subjects, tell
         self.device: torch.device = model.device
+        refused = {name: why for name in options.against if (why := refusal(name, self.device))}
+        self.options = replace(options, against=[name for name in options.against if name not in refused])
+        self.notes = [f"{name} is left out: {why}" for name, why in refused.items()]
+        for subject in subjects:
+            _check_evicts(subject.policy)
         self.shape = ModelGeometry.from_config(model.config, str(model.dtype).removeprefix("torch."))
         self.dense = load_policy("dense")
+        self.device_name = device_name(self.device)
         self.weights = weight_bytes(model)
         self.model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.bandwidth = copy_bandwidth(self.device)
@@ -105,7 +111,8 @@ class Bench:
         Raises:
             UsageError: a row makes no sense or would not fit; or a policy evicted nothing while it was timed.
         """
-        report = Report(name, device_name(self.device), self.bandwidth, self.weights, total(self.device))
+        report = Report(name, self.device_name, self.bandwidth, self.weights, total(self.device))
+        report.notes += self.notes
         cells = [(batch, context, self.groups(batch, context)) for context in self.options.contexts
                  for batch in self.options.batches]  # fmt: skip
         for batch, context, groups in cells:
@@ -156,8 +163,8 @@ class Bench:
             largest = max((case for group in groups for _, _, case in group), key=_bytes)
             raise UsageError(
                 f"batch {batch} at {context:,} tokens needs {gigabytes(needed)} for its caches, "
-                f"{gigabytes(_bytes(largest))} of it for {largest.label}, and {gigabytes(free)} are free on {self.device}; "
-                "give fewer to --against, a smaller --batch or --context, or --force"
+                f"{gigabytes(_bytes(largest))} of it for {largest.label}, and {gigabytes(free)} are free on "
+                f"{self.device}; give fewer to --against, a smaller --batch or --context, or --force"
             )
 
     # One cell -------------------------------------------------------------------------------------------------------
@@ -320,6 +327,14 @@ class Bench:
 
 def _bytes(case: Case) -> int:
     return case.plan.bytes
+
+
+def _check_evicts(policy: Policy) -> None:
+    patches = [patch for override in policy.overrides for patch in (override.pools or {}).values()]
+    if all(pool is None or pool.budget is None for pool in [*policy.pools.values(), *patches]):
+        raise UsageError(
+            f"{policy.name} has no budget and never evicts; it is what policies are held against: --against dense"
+        )
 
 
 def device_name(device: torch.device) -> str:
