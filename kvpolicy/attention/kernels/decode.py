@@ -121,6 +121,7 @@ def attend(
     rows = (cell * G + g)[:, None] * D + d[None, :]
     q = tl.load(query + rows, mask=heads, other=0.0).to(DOT)
     base, start = cell.to(tl.int64) * S, number * SPLIT
+    own_keys, own_values = keys + base * D, values + base * D  # within a cell 32 bits reach every number
     span = tl.arange(0, SPLIT_P)
     inside = (span < SPLIT) & (start + span < S)
     held = tl.load(position + base + start + span, mask=inside, other=-1) >= 0
@@ -130,6 +131,8 @@ def attend(
         held = held | (start + span == new_slot)
     first = tl.min(tl.where(held, span, SPLIT)) // BLOCK  # blocks before the first resident and behind the last one
     end = (tl.max(tl.where(held, span + 1, 0)) + BLOCK - 1) // BLOCK  # are not read
+    if logits is not None:
+        own_logits = logits + cell.to(tl.int64) * (G * SPAN)
     m = tl.full((GP,), NOTHING, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP), tl.float32)
@@ -138,19 +141,19 @@ def attend(
         resident = tl.load(position + base + s, mask=s < S, other=-1) >= 0
         if ADMITS:
             resident = resident | (s == new_slot)
-        k = tl.load(keys + (base + s)[None, :] * D + d[:, None], mask=resident[None, :] & (d < D)[:, None], other=0.0)
+        k = tl.load(own_keys + s[None, :] * D + d[:, None], mask=resident[None, :] & (d < D)[:, None], other=0.0)
         if ADMITS:
             k = tl.where((s == new_slot)[None, :], new_key[:, None], k)
         x = tl.dot(q, k.to(DOT), input_precision="ieee") * scaling
         x = tl.where(resident[None, :], x, NOTHING)
         if logits is not None:
             ranked = (s >= SPAN_START) & (s < SPAN_START + SPAN)
-            there = (cell.to(tl.int64) * G + g)[:, None] * SPAN + (s - SPAN_START)[None, :]
-            tl.store(logits + there, x, mask=ranked[None, :] & (g < G)[:, None])
+            there = g[:, None] * SPAN + (s - SPAN_START)[None, :]
+            tl.store(own_logits + there, x, mask=ranked[None, :] & (g < G)[:, None])
         most = tl.maximum(m, tl.max(x, axis=1))
         calm = tl.where(most == NOTHING, 0.0, most)  # -inf - -inf is not a number
         p, fade = tl.exp(x - calm[:, None]), tl.exp(m - calm)
-        v = tl.load(values + (base + s)[:, None] * D + d[None, :], mask=resident[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(own_values + s[:, None] * D + d[None, :], mask=resident[:, None] & (d < D)[None, :], other=0.0)
         if ADMITS:
             v = tl.where((s == new_slot)[:, None], new_value[None, :], v)
         total = total * fade + tl.sum(p, axis=1)

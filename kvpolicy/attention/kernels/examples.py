@@ -30,8 +30,8 @@ SCALARS = {int: "i32", float: "fp32"}
 class Example:
     """One launch of a kernel.
 
-    ``arguments`` gives, for an argument that is a tensor, its dtype; for a number, its type (``int`` or ``float``); for
-    a constexpr, its value; and None for a tensor that this launch leaves out.
+    ``arguments`` gives, for an argument that is a tensor, its dtype (for a tuple of tensors, a tuple); for a number,
+    its type (``int`` or ``float``); for a constexpr, its value; and None for a tensor that this launch leaves out.
     """
 
     kernel: Any  # triton.runtime.jit.JITFunction, or its interpreted twin
@@ -47,16 +47,23 @@ class Example:
         """What ``triton.compile`` takes. Pointers count as aligned to 16 bytes, as torch allocates them."""
         from triton.compiler import ASTSource
 
-        signature: dict[str, str] = {}
+        signature: dict[str, str | tuple[str, ...]] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for number, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, tuple):
+                signature[parameter.name] = tuple(POINTERS[dtype] for dtype in value)
+                attributes.update({(number, n): [["tt.divisibility", 16]] for n in range(len(value))})
             elif isinstance(value, torch.dtype):
                 signature[parameter.name] = POINTERS[value]
                 attributes[(number,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int):
+                signature[parameter.name] = SCALARS[int]
+                if value % 16 == 0:
+                    attributes[(number,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = SCALARS[value]
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
