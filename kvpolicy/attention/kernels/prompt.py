@@ -274,9 +274,10 @@ def examples() -> Iterator[Example]:
         (3, 80, torch.float16, tl.float16, ("first", "each")),
         (1, 64, torch.float32, tl.float32, ("mean",)),
     ):
-        numbers = ("tokens", "slots", "kv_heads", "query_row", "query_head", "query_token", "key_row", "key_head")
+        strides = ("query_row", "query_head", "query_token", "key_row", "key_head", "key_slot")
         shared: dict[str, Any] = {
-            **dict.fromkeys((*numbers, "key_slot"), int),
+            **dict.fromkeys(("tokens", "slots", "kv_heads"), int),
+            **dict.fromkeys(strides, channels),
             **dict.fromkeys(("query", "keys"), dtype),
             **dict.fromkeys(("query_position", "key_position"), torch.int64),
             "scaling": float,
