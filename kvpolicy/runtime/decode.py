@@ -135,27 +135,33 @@ class _Run:
         return self._result(cache)
 
     def _step(self, cache: PolicyCache, inputs: _StepInputs, prompt: Any, exposed: bool) -> None:
-        """Token by token through a stepper, which chooses them as well where their logits are all that it takes."""
+        """Token by token through a stepper, which goes back with its cache where nobody else can have that."""
         loan = cache.loan
         stepper = loan.take_stepper(self.model, cache) if loan is not None else Stepper(self.model, cache)
         stepper.may_record = self.capture is not False and not is_watched(self.model)
-        choice = None
-        if not self.kept:
-            choice = Choice.of(self.processor, self.criteria, self.config, prompt.logits[:, -1])
-        started = False
-        while not self._ended():
-            newest = self.text[:, self.length - 1 : self.length]
-            if not started:
-                stepper.start(newest, None if inputs.position is None else inputs.position + 1, self.unfinished)
-                started = True
-            if choice is None:
-                logits = stepper.step(newest, **inputs.fixed)
-                self._select(CausalLMOutput(logits=logits[:, None]))
+        keep = False
+        try:
+            self._run_steps(stepper, inputs, prompt)
+            keep = loan is not None and not exposed
+        finally:
+            if keep:
+                loan.give_back(stepper)
             else:
+                stepper.close()
+
+    def _run_steps(self, stepper: Stepper, inputs: _StepInputs, prompt: Any) -> None:
+        """Steps choose their tokens as well where logits are all that it takes."""
+        logits = prompt.logits[:, -1]
+        choice = None if self.kept else Choice.of(self.processor, self.criteria, self.config, logits)
+        position = None if inputs.position is None else inputs.position + 1
+        stepper.start(self.text[:, self.length - 1 : self.length], position, self.unfinished)
+        while not self._ended():
+            if choice is not None:
                 stepper.advance(choice, **inputs.fixed)
                 self._take(stepper)
-        if loan is not None and not exposed:
-            loan.give_back(stepper)
+            else:
+                logits = stepper.step(self.text[:, self.length - 1 : self.length], **inputs.fixed)
+                self._select(CausalLMOutput(logits=logits[:, None]))
 
     def _take(self, stepper: Stepper) -> None:
         """Write down what a step chose."""

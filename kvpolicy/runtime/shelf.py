@@ -53,7 +53,9 @@ class Shelf:
     def put(self, stepper: Stepper, loan: Loan) -> None:
         """Keep a stepper and its cache, in place of what was kept."""
         with self._lock:
-            self._kept = stepper, loan
+            before, self._kept = self._kept, (stepper, loan)
+        if before is not None:
+            before[0].close()
 
     def lend(self, model: Any, plan: Plan, settings: dict[str, Any]) -> PolicyCache:
         """`PolicyCache(plan, **settings)`: the kept one, empty again, if it is that and knows this model; else a new
@@ -67,6 +69,7 @@ class Shelf:
                 cache.reset()
                 loan.stepper = stepper
                 return cache
+            stepper.close()
             del kept, stepper, loan, cache  # its memory is free before the new one is made
         cache = PolicyCache(plan, **settings)
         cache.loan = Loan(self, settings)
@@ -75,4 +78,6 @@ class Shelf:
     def clear(self) -> None:
         """Free what is kept."""
         with self._lock:
-            self._kept = None
+            before, self._kept = self._kept, None
+        if before is not None:
+            before[0].close()

@@ -94,6 +94,11 @@ class Stepper:
         """One generated pass that is fed `tokens` and leaves there what it chose, after `start`."""
         self._run(choice, inputs)
 
+    def close(self) -> None:
+        """Drop what was recorded: the cache's memory is then free as soon as nobody else has it."""
+        self._work.clear()
+        self.recorder.forget()
+
     def _run(self, choice: Choice | None, inputs: dict[str, Any]) -> None:
         cache = self.cache
         kind = cache.open_step()
@@ -115,8 +120,7 @@ class Stepper:
         if (kind, how) not in self._work:
             known = {other for _, other in self._work}
             if how not in known and len(known) >= KEPT_CHOICES:
-                self._work.clear()
-                self.recorder.forget()
+                self.close()
             self._work[kind, how] = partial(self._pass, kind, choice, inputs)
         return self._work[kind, how]
 

@@ -37,7 +37,7 @@ class _Reads(TorchFunctionMode):
 
 class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not TAGS.isdisjoint(func.tags):
+        if _depends_on_numbers(func, args):
             raise HostWaited(f"{func} gives what only the device knows")
         devices = {each.device.type for each in args if isinstance(each, Tensor) and each.ndim}
         if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None:
@@ -45,6 +45,13 @@ class _Operations(TorchDispatchMode):
         if func in COPIES and len(devices) > 1:
             raise HostWaited("a copy between the host and a device")
         return func(*args, **(kwargs or {}))
+
+
+def _depends_on_numbers(func: Any, args: Any) -> bool:
+    if func._schema.name.startswith("aten::index") and func._schema.arguments[1].name == "indices":
+        # By place its result is as long as the index; by a mask, which is turned into places first, who knows.
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return not TAGS.isdisjoint(func.tags)
 
 
 @contextmanager
