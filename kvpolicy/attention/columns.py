@@ -41,11 +41,14 @@ def prompt_scores(
         return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
 
     summed = column_sums(query, keys, query_position, key_position, scaling, reduce)
-    if heads == "each":
-        return summed
-    if heads in ("max", "logits-max"):
-        return summed.amax(2, keepdim=True)
-    return summed.sum(2, keepdim=True) if heads == "sum" else summed.mean(2, keepdim=True)
+    return summed if heads == "each" else reduce_heads(summed, heads)[:, :, None]
+
+
+def reduce_heads(by_head: Tensor, how: str) -> Tensor:
+    """Reduce the G query heads of a KV head (dimension 2)."""
+    if how == "max" or how == "logits-max":
+        return by_head.amax(2)
+    return by_head.sum(2) if how == "sum" else by_head.mean(2)
 
 
 def newest_queries(query: Tensor, query_position: Tensor, last: int) -> tuple[Tensor, Tensor]:

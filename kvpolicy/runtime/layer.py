@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots
+from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots, prompt_scores
 from kvpolicy.attention.backends import TORCH, TRITON
+from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_scores
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
@@ -89,7 +90,8 @@ class PolicyLayer(CacheLayerMixin):
         fusion = Fusion.of(plan, self.geometry) if self.backend == TRITON else f"the backend is {self.backend}"
         self.fused = None if isinstance(fusion, str) else fusion.bind(self.state, self.clocks)
         self.unfused_reason = fusion if isinstance(fusion, str) else None
-        self.sums_prompt = any(
+        # On a GPU the prompt's attention is another's kernel, and ours finds the scores.
+        self.sums_prompt = self.backend == TORCH and any(
             leaf.signal == "attention" and sums_probabilities(leaf)
             for policy in self.policies.values()
             for leaf in policy.leaves
@@ -299,7 +301,9 @@ class PolicyLayer(CacheLayerMixin):
         assert position is not None
         active = (position >= 0).any(1)
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
-        sights: dict[str, Sight] = {"all": EveryQuery(wide, scaling, candidates, query, position, before, sums)}
+        scores = kernel_prompt_scores if self.backend == TRITON else prompt_scores
+        every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores)
+        sights: dict[str, Sight] = {"all": every}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
             return sights, active
         newest = position.argmax(1)

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import column_sums, scaled_logits
+from kvpolicy.attention import prompt_scores, reduce_heads, scaled_logits
 from kvpolicy.errors import UsageError
 from kvpolicy.plan import PoolPlan, ScorerPlan
+
+# ``attention.columns.prompt_scores``, or another backend's.
+PromptScores = Callable[[Tensor, Tensor, Tensor, Tensor, float, str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,6 @@ class Sight:
         return self.state.values[:, :, self.state.span(pool)].float()
 
 
-def reduce_heads(by_head: Tensor, how: str) -> Tensor:
-    """Reduce the G query heads of a KV head (dimension 2)."""
-    if how == "max" or how == "logits-max":
-        return by_head.amax(2)
-    return by_head.sum(2) if how == "sum" else by_head.mean(2)
-
-
 def masked_softmax(logits: Tensor, domain: Tensor | None) -> Tensor:
     """Softmax over the last dimension within ``domain`` (broadcast); 0 outside, and where nothing is inside."""
     if domain is not None:
@@ -178,34 +174,26 @@ class EveryQuery(Sight):
     """All queries of a prompt pass, summed: ``query`` [B, Q, N, D] at ``query_position`` [B, N] (-1 for padding).
 
     ``position`` [B, K, S] is the state's while they attended; ``probabilities`` [B, K, G, S] is what they paid to each
-    slot of the whole cache, summed, where the pass's attention already found it.
+    slot of the whole cache, summed, where the pass's attention already found it. ``scores`` is the backend's.
     """
 
     query: Tensor = None  # type: ignore[assignment]
     query_position: Tensor = None  # type: ignore[assignment]
     position: Tensor = None  # type: ignore[assignment]
     probabilities: Tensor | None = None
-
-    def _sum(self, reduce: Callable[[Tensor, slice], Tensor], keys: Tensor, position: Tensor) -> Tensor:
-        return column_sums(self.query, keys, self.query_position, position, self.scaling, reduce)
+    scores: PromptScores = prompt_scores
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span, domain = self.state.span(pool), self.domain(pool, leaf)
         if self.probabilities is not None and sums_probabilities(leaf):
             return reduce_heads(self.probabilities[..., span], leaf.heads)
-        inside = None if domain is None else domain.flatten(0, 1)[:, None, None]
-
-        def probabilities(logits: Tensor, some: slice) -> Tensor:
-            if leaf.heads == "logits-max":
-                logits = logits.amax(1, keepdim=True)
-            return masked_softmax(logits, None if inside is None else inside[some])
-
-        summed = self._sum(probabilities, self.state.keys, self.position)[..., span]
-        return reduce_heads(summed, leaf.heads)
+        position = self.position if domain is None else torch.where(domain, self.position, -1)
+        return self._sum(self.query, self.state.keys, position, "attention", leaf.heads)[:, :, 0, span]
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
-        summed = self._sum(_finite_tile, self.state.keys, self.position)[..., self.state.span(pool)]
-        return reduce_heads(summed, leaf.heads)
+        span = self.state.span(pool)
+        keys, position = self.state.keys[:, :, span], self.position[:, :, span]
+        return self._sum(self.query, keys, position, "logits", leaf.heads)[:, :, 0]
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
@@ -213,16 +201,15 @@ class EveryQuery(Sight):
         high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
         # A page says nothing to queries before its first token.
         above, below = (
-            column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, _finite_tile)
+            self._sum(side, box, self.state.unit_position(pool), "logits", "each")
             for side, box in ((self.query.clamp(min=0), high), (self.query.clamp(max=0), low))
         )
         return reduce_heads(above + below, leaf.heads)
+
+    def _sum(self, query: Tensor, keys: Tensor, position: Tensor, signal: str, heads: str) -> Tensor:
+        return self.scores(query, keys, self.query_position, position, self.scaling, signal, heads)
 
 
 def sums_probabilities(leaf: Leaf) -> bool:
     """Whether what a leaf reads of a prompt pass are the summed probabilities of the whole cache, head by head."""
     return leaf.queries == "all" and leaf.over == "cache" and leaf.heads != "logits-max"
-
-
-def _finite_tile(logits: Tensor, some: slice) -> Tensor:
-    return finite(logits)

@@ -131,7 +131,7 @@ MUTANTS = (
     ),
     Mutant(
         "query heads are averaged over all rows",
-        S + "sight",
+        A + "columns",
         'by_head.sum(2) if how == "sum" else by_head.mean(2)',
         'by_head.sum(2) if how == "sum" else by_head.mean((0, 2), keepdim=True).squeeze(2).expand_as(by_head[:, :, 0])',
     ),
@@ -150,8 +150,8 @@ MUTANTS = (
     Mutant(
         "page bounds of queries before the page's first token count",
         S + "sight",
-        "column_sums(side, box, self.query_position, self.state.unit_position(pool), self.scaling, _finite_tile)",
-        "column_sums(side, box, self.query_position, self.state.unit_position(pool) * 0, self.scaling, _finite_tile)",
+        'self._sum(side, box, self.state.unit_position(pool), "logits", "each")',
+        'self._sum(side, box, self.state.unit_position(pool) * 0, "logits", "each")',
     ),
     Mutant(
         "smoothing looks at the neighbours before only",
