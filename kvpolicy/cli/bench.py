@@ -123,7 +123,7 @@ def run(
     files = Files(save, compare, plot, share(max_regress))
     _check_files(files)
     extra = Extra(None if memory is None else size(memory), throughput, None if seen is None else _pair(seen))
-    asked = {
+    asked: dict[str, Any] = {
         "contexts": numbers(context, "--context"),
         "budgets": [None] if budget == OWN else numbers(budget, "--budget"),
         "batches": numbers(batch, "--batch"),

@@ -93,8 +93,7 @@ class PolicyArm(Arm):
     def __init__(self, name: str, case: Case, model: Any, *, compile: bool, backend: str) -> None:
         super().__init__(name, case, twin(model))
         self.compiled = compile
-        chosen = {} if backend == "auto" else {"backend": backend}
-        apply(self.model, case.policy, compile=compile, **chosen)
+        apply(self.model, case.policy, compile=compile, backend=backend)
 
     @property
     def cache_bytes(self) -> int:
@@ -109,7 +108,7 @@ class PolicyArm(Arm):
         self.cache: PolicyCache = cache_for(
             self.model, prompt=plan.prompt, max_new_tokens=plan.max_new_tokens, batch=plan.batch
         )
-        self.backend = getattr(self.cache, "backend", "torch")
+        self.backend = self.cache.backend
         self.stepper = Stepper(self.model, self.cache)
 
     def _prompt(self, ids: Tensor) -> None:
@@ -157,6 +156,8 @@ class PolicyArm(Arm):
         return dict(vars(compile_report(self.model)))
 
     def evicted(self) -> int:
+        if not any(pool.evicts for layer in self.case.plan.layers for pool in layer.pools):
+            return 0  # what a full cache was filled up with is overwritten, not evicted
         return int(self.cache.stats()["evicted"])
 
 

@@ -105,10 +105,10 @@ class _Search:
             return direct
         names = sizes()
         chosen = {name: values[name] for name in (["budget"] if "budget" in names else names)}
-        scaled = self._bisect(chosen) if chosen else {}
+        scaled: Values | None = self._bisect(chosen) if chosen else {}
         if scaled is None:
             return None
-        for name in sorted(scaled, key=lambda name: -scaled[name]):  # what rounding left over, to the largest it fits
+        for name in sorted(chosen, key=lambda name: -chosen[name]):  # what rounding left over, to the largest it fits
             missing = self.budget - (self.held(scaled) or self.budget)
             more = scaled | {name: scaled[name] + missing}
             if missing and scaled[name].denominator == 1 and (self.held(more) or self.budget + 1) <= self.budget:
@@ -124,22 +124,29 @@ class _Search:
         return abs(tokens - self.budget) <= max(2, page)
 
     def _bisect(self, sizes: Values) -> Values | None:
-        """The largest scaling of all sizes with which no more than the budget is held; None where there is none."""
+        """The smallest scaling of all sizes that holds the most that is not above the budget; None where all is."""
 
         def scaled(factor: Fraction) -> Values:
             return {name: _scaled(value, factor) for name, value in sizes.items()}
 
-        low, high = Fraction(0), Fraction(1)
+        def last(low: Fraction, high: Fraction, wanted: Callable[[int], bool]) -> Fraction:
+            """The largest factor of which ``wanted`` says yes, where it does so from ``low`` on and not at ``high``."""
+            for _ in range(24):
+                middle = (low + high) / 2
+                tokens = self.held(scaled(middle))
+                low, high = (middle, high) if tokens is not None and wanted(tokens) else (low, middle)
+            return low
+
+        high = Fraction(1)
         while (self.held(scaled(high)) or self.budget + 1) <= self.budget and high < 2**HALVINGS:
-            low, high = high, high * 2
-        for _ in range(24):
-            middle = (low + high) / 2
-            tokens = self.held(scaled(middle))
-            if tokens is not None and tokens <= self.budget:
-                low = middle
-            else:
-                high = middle
-        return scaled(low) if low else None
+            high *= 2
+        largest = last(Fraction(0), high, lambda tokens: tokens <= self.budget)
+        if not largest:
+            return None
+        most = self.held(scaled(largest)) or 0
+        below = last(Fraction(0), largest, lambda tokens: tokens < most)
+        smallest = scaled(below + (largest - below) / 2**10)
+        return smallest if self.held(smallest) == most else scaled(largest)
 
 
 def _is_size(name: str, value: Fraction, planners: list[Planner]) -> bool:
@@ -155,7 +162,7 @@ def _is_size(name: str, value: Fraction, planners: list[Planner]) -> bool:
                 continue
             if last is not None and _pages(last[1]) != _pages(plan):
                 return False
-            if last is not None and held_by(last[1]) - held_by(plan) >= max(1, last[0] / 4):
+            if last is not None and held_by(last[1]) - held_by(plan) >= max(Fraction(1), last[0] / 4):
                 return True
             last = tried, plan
         if last is not None:

@@ -15,6 +15,7 @@ from kvpolicy.lab.bench.arms import make_arm
 from kvpolicy.lab.bench.cases import WARM, Case
 from kvpolicy.lab.bench.measuring import Bench
 from kvpolicy.lab.bench.memory import measured
+from kvpolicy.lab.bench.racing import Track
 from kvpolicy.lab.bench.roofline import slot_bytes
 from kvpolicy.lab.bench.rows import Capacity
 from kvpolicy.lab.bench.timing import take_turns
@@ -35,11 +36,11 @@ def capacities(bench: Bench, memory: int, *, run: bool) -> Iterator[Capacity]:
     """
     for context in bench.options.contexts:
         groups = bench.groups(1, context)
-        own = [(name, label, case) for group in groups for name, label, case in group if name in ("dense", "policy")]
-        found = [capacity_of(bench, label, case, memory) for _, label, case in own]
-        for (name, _, case), row in zip(own, found, strict=True):
+        own = [entry for group in groups for entry in group if entry.name in ("dense", "policy")]
+        found = [capacity_of(bench, entry.label, entry.case, memory) for entry in own]
+        for entry, row in zip(own, found, strict=True):
             if run and row.batch:
-                _run(bench, name, case, row)
+                _run(bench, entry.name, entry.case, row)
         dense = next((row for row in found if row.label == "dense"), None)
         for row in found:
             if row is not dense and dense is not None:
@@ -50,7 +51,7 @@ def capacities(bench: Bench, memory: int, *, run: bool) -> Iterator[Capacity]:
             yield row
 
 
-def capacity_of(bench: Bench, label: str, case: Case, memory: int) -> Capacity:
+def capacity_of(bench: Track, label: str, case: Case, memory: int) -> Capacity:
     """What fits, by the plan: every buffer of a cache has its rows first, so a row costs the same in every batch."""
     one = case.plan.bytes // case.batch
     batch = max(0, int(memory * USABLE) - bench.model_bytes) // one
@@ -58,7 +59,7 @@ def capacity_of(bench: Bench, label: str, case: Case, memory: int) -> Capacity:
     return Capacity(label, case.context, case.budget, one, batch, batch * bench.bandwidth / read)
 
 
-def _run(bench: Bench, name: str, case: Case, row: Capacity) -> None:
+def _run(bench: Track, name: str, case: Case, row: Capacity) -> None:
     """Time steps at the largest batch, or at nine tenths of it where the allocator says no."""
     row.notes.append("caches filled with random numbers; nothing is evicted in these steps")
     for _ in range(3):
@@ -74,22 +75,22 @@ def _run(bench: Bench, name: str, case: Case, row: Capacity) -> None:
         bench.forget()
 
 
-def _time(bench: Bench, name: str, case: Case, row: Capacity) -> None:
-    plan, options = case.plan, bench.options
+def _time(bench: Track, name: str, case: Case, row: Capacity) -> None:
+    plan = case.plan
     read = plan.prompt[1] if plan.reads_lengths else min(PROMPT, plan.prompt[1])
     large = make_plan(
         case.policy, bench.shape, batch=row.batch, prompt=(read, plan.prompt[1]), max_new_tokens=plan.max_new_tokens
     )
     arm = make_arm(
         name, replace(case, plan=large, batch=row.batch, prompt=read, room=plan.prompt[1] + 1), bench.model,
-        compile=options.compile, backend=options.backend,
+        compile=bench.compile, backend=bench.backend,
     )  # fmt: skip
     with measured(bench.device) as usage:
         arm.build()
     arm.read()
     for _ in range(WARM):
         arm.step()
-    take_turns([arm], bench.device, rounds=options.turns, block=options.block, tell=lambda done: None)
+    take_turns([arm], bench.device, rounds=bench.turns, block=bench.block, tell=lambda done: None)
     row.ms, row.allocated_bytes = arm.steps.ms, bench.model_bytes + usage.kept
     row.tokens_per_second = 1e3 * row.batch / arm.steps.ms
     del arm

@@ -107,7 +107,13 @@ def policy_case(
         )
     new = steps + WARM
     while new < context:
-        found, read = _planned(policy, geometry, context - new, new, budget, prompt, given)
+        try:
+            found, read = _planned(policy, geometry, context - new, new, budget, prompt, given)
+        except UsageError:
+            if budget is None or new > budget:  # a longer text would not help
+                raise
+            new = min(2 * new, budget + 1)
+            continue
         ready = _ready(found.plan)
         needed = WARM if ready is None else max(WARM, ready + 2 * LOOKED_AT)
         if ready is not None and needed + steps <= new:

@@ -58,11 +58,10 @@ def _is_operator(event: Any) -> bool:
 
 
 def _is_view(name: str) -> bool:
-    """Whether every overload of an operator only makes a view of its input."""
+    """Whether an operator only makes a view of its input."""
     space, _, operator = name.partition("::")
     packet = getattr(getattr(torch.ops, space, None), operator, None)
-    overloads = packet.overloads() if packet is not None else []
-    return bool(overloads) and all(getattr(packet, overload).is_view for overload in overloads)
+    return packet is not None and any(getattr(packet, overload).is_view for overload in packet.overloads())
 
 
 def graphs_compiled() -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import kvpolicy
-from kvpolicy.lab.bench.measuring import device_name
+from kvpolicy.lab.bench.racing import device_name
 
 
 def environment(device: torch.device) -> dict[str, Any]:

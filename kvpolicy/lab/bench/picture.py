@@ -27,7 +27,8 @@ def picture(report: Report) -> bytes:
     from matplotlib.figure import Figure
 
     policies = [row for row in report.rows if row.is_policy]
-    labels = list(dict.fromkeys(row.label for row in [*policies, *report.growths, *report.capacities]))
+    shown: list[Row | Growth | Capacity] = [*policies, *report.growths, *report.capacities]
+    labels = list(dict.fromkeys(row.label for row in shown))
     colours = {label: SHADES[number % len(SHADES)] for number, label in enumerate(labels)}
     panels: list[tuple[int, Any]] = []
     for reference in dict.fromkeys(name for row in policies for name in row.ratios):

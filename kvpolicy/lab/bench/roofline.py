@@ -6,7 +6,6 @@ import statistics
 from typing import Any
 
 import torch
-from torch import nn
 
 from kvpolicy.lab.bench.timing import timed
 from kvpolicy.plan import DTYPE_BYTES, ModelGeometry, Plan
@@ -22,12 +21,11 @@ def token_bytes(shape: ModelGeometry) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[shape.dtype]
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: Any) -> int:
     """Weights that a step reads once: all but an input embedding that is not also the output layer."""
     parameters = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    given: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    taken: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if given is not None and (taken is None or taken.weight is not given.weight):
+    given, taken = model.get_input_embeddings(), model.get_output_embeddings()
+    if taken is None or taken.weight is not given.weight:
         parameters.pop(id(given.weight), None)
     return sum(parameters.values())
 

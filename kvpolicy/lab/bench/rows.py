@@ -147,7 +147,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         told = {key: value for key, value in vars(self).items() if key not in ("rows", "capacities", "growths")}
-        lists = {"rows": self.rows, "capacities": self.capacities, "growths": self.growths}
+        lists: dict[str, Any] = {"rows": self.rows, "capacities": self.capacities, "growths": self.growths}
         return (
             told
             | {key: [row.to_dict() for row in rows] for key, rows in lists.items()}

@@ -53,7 +53,7 @@ def _pair(bench: Bench, subject: Subject, budget: int | None, batch: int, seen: 
     case = replace(case, plan=plan)
     arms: list[Arm] = []
     for length in seen:
-        arm = PolicyArm("policy", case, bench.model, compile=options.compile, backend=options.backend)
+        arm = PolicyArm("policy", case, bench.model, compile=bench.compile, backend=bench.backend)
         arm.build()
         arm.read()
         arm.advance(length - WARM - case.prompt)
@@ -75,7 +75,7 @@ def _full(bench: Bench, name: str, batch: int, seen: tuple[int, int]) -> list[Ar
             steps=bench.options.steps,
             prompt=prompt,
         )
-        arm = make_arm(name, case, bench.model, compile=bench.options.compile, backend=bench.options.backend)
+        arm = make_arm(name, case, bench.model, compile=bench.compile, backend=bench.backend)
         arm.build()
         arm.read()
         for _ in range(WARM):
@@ -88,8 +88,8 @@ def _full(bench: Bench, name: str, batch: int, seen: tuple[int, int]) -> list[Ar
 def _growth(bench: Bench, label: str, budget: int | None, seen: tuple[int, int], arms: list[Arm]) -> Growth:
     before = arms[-1].evicted()
     take_turns(
-        arms, bench.device, rounds=bench.options.turns, block=bench.options.block,
-        tell=lambda done: bench.tell(f"{label}: round {done} of {bench.options.turns}"),
+        arms, bench.device, rounds=bench.turns, block=bench.block,
+        tell=lambda done: bench.tell(f"{label}: round {done} of {bench.turns}"),
     )  # fmt: skip
     evicted = arms[-1].evicted() - before
     if budget is not None and not evicted:
