@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan
+from kvpolicy.runtime.unchanged import Unchanged
 
 CAPTURE = "transformers.utils.output_capturing"
 
@@ -76,6 +77,8 @@ class StepCompiler:
             torch.is_inference_mode_enabled(),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(),
+            hidden_states.shape,
+            torch.get_num_threads(),
         )
         if key not in self._steps:
             self._steps[key] = CompiledStep(
@@ -93,7 +96,10 @@ class StepCompiler:
 
 
 class CompiledStep:
-    """One compiled decoder layer; calling it a second time with what its guards refuse raises a ModelError."""
+    """One compiled decoder layer; calling it a second time with what its guards refuse raises a ModelError.
+
+    ``direct`` is the compiled code without its guards, for who knows that they hold; None where torch hides it.
+    """
 
     def __init__(self, name: str, backend: str | Callable[..., Any]) -> None:
         self.name, self.graphs, self.breaks = name, 0, 0
@@ -101,6 +107,8 @@ class CompiledStep:
         # dynamo keeps graphs by code object: a copy has its own, so no other model's graphs count against its limit.
         code = decoder_step.__code__.replace(co_name=name)
         function = types.FunctionType(code, decoder_step.__globals__, name)
+        self.direct: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] | None = None
+        self._code = code
         self._compiled = torch.compile(function, backend=self._compile, fullgraph=True, dynamic=False, **_LIMIT)
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -109,7 +117,9 @@ class CompiledStep:
         before = sum(counters["graph_break"].values())
         try:
             with _without_capture(layer):
-                return self._run(layer, hidden_states, arguments)
+                result = self._run(layer, hidden_states, arguments)
+            self.direct = _without_guards(self._code)
+            return result
         finally:
             self.breaks += sum(counters["graph_break"].values()) - before
 
@@ -129,6 +139,18 @@ class CompiledStep:
         if self.graphs > 1:
             raise RuntimeError(f"{self.name} compiled twice")
         return self._backend(graph, inputs, **options)
+
+
+def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:
+    """The bytecode that dynamo made of a function it has compiled once, as a function of its own.
+
+    Calling it is what a call under dynamo comes to once the guards held. torch's own switch for that
+    (``skip_guard_eval_unsafe``) holds for the whole process, other models and threads included; this does not.
+    """
+    entries = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])(code)
+    if len(entries) != 1:
+        return None
+    return types.FunctionType(entries[0].code, decoder_step.__globals__)
 
 
 def decoder_step(layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -165,6 +187,11 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
         self.layer, self.compiler = layer, compiler
+        self._snapshot: Unchanged | None = None
+        self._held: set[CompiledStep] = set()  # steps whose guards have held since the snapshot
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer, "compiler": self.compiler, "_snapshot": None, "_held": set()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
@@ -173,7 +200,16 @@ class CompiledForward:
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         rows = hidden_states.shape[0]
         step = self.compiler.step(self.layer, kv_layer, hidden_states)
-        return step(self.layer, _canonical(hidden_states, rows), _step_arguments(kwargs, rows))
+        hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
+        if self._snapshot is None or not self._snapshot.still():
+            self._snapshot = None
+            self._held.clear()
+        if step in self._held and step.direct is not None:
+            return step.direct(self.layer, hidden_states, arguments)
+        result = step(self.layer, hidden_states, arguments)
+        self._held.add(step)
+        self._snapshot = self._snapshot or Unchanged(self.layer)
+        return result
 
 
 def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -149,7 +149,10 @@ class NewestQuery(Sight):
         if pool.page == 1:
             return self.logits(pool, leaf)
         high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
-        # max(q * high, q * low) summed over channels, as two products: no [B, K, G, U, D] in between.
+        if torch.compiler.is_compiling():  # one fused loop over the bounds
+            query, high, low = (self.query * self.scaling).float()[:, :, :, None], high[:, :, None], low[:, :, None]
+            return reduce_heads(torch.maximum(query * high, query * low).sum(-1), leaf.heads)
+        # The same as two products, so that nothing of shape [B, K, G, U, D] is ever in memory.
         above, below = self._signed_query()
         bound = torch.matmul(above, high.transpose(2, 3)) + torch.matmul(below, low.transpose(2, 3))
         return reduce_heads(bound.float(), leaf.heads)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 from transformers import StaticCache
 
@@ -13,6 +14,7 @@ from kvpolicy.language import loads_policy
 from kvpolicy.patching import apply, cache_for, compile_report, patch_of, remove
 from kvpolicy.runtime.compiling import CompileReport, StepCompiler
 from kvpolicy.runtime.decode import decode_loop
+from kvpolicy.runtime.unchanged import Unchanged
 
 KINDS = {"everything": 1, "window": 1, "scored": 2, "paged": 2}
 
@@ -103,27 +105,62 @@ def test_another_batch_or_state_of_torch_has_its_own_graph(model, policies, prom
 def test_a_second_graph_raises_instead_of_falling_back(model, policies, prompt, greedy):
     apply(model, policies["window"], compile="eager")
     model.generate(prompt, **greedy)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)  # dynamo guards on it, and no key of ours names it
-        with pytest.raises(ModelError, match=r"LlamaDecoderLayer_update_0 would need a second graph.*TORCH_LOGS"):
-            model.generate(prompt, **greedy)
-    finally:
-        torch.set_num_threads(threads)
+    model.model.layers[1].self_attn.scaling *= 2  # dynamo guards on it, and no key of ours names it
+    with pytest.raises(ModelError, match=r"LlamaDecoderLayer_update_0 would need a second graph.*TORCH_LOGS"):
+        model.generate(prompt, **greedy)
     assert compile_report(model).recompiles == 0
+
+
+def swap_weight(layer: nn.Module) -> None:
+    layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.data * 2)
+
+
+def swap_module(layer: nn.Module) -> None:
+    layer.mlp.up_proj = copy.deepcopy(layer.mlp.up_proj)
+    layer.mlp.up_proj.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("change", [swap_weight, swap_module])
+def test_a_lawful_change_between_steps_is_seen(model, policies, prompt, greedy, change):
+    apply(model, policies["window"], compile="eager")
+    before = model.generate(prompt, **greedy)
+    assert all(step.direct is not None for step in model.model.layers[0].forward.compiler._steps.values())
+    change(model.model.layers[0])
+    after = model.generate(prompt, **greedy)
+    remove(model)
+    apply(model, policies["window"])
+    assert torch.equal(after, model.generate(prompt, **greedy))
+    assert not torch.equal(before, after)
+
+
+def add_hook(layer: nn.Module) -> None:
+    layer.mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def cast_in_place(layer: nn.Module) -> None:
+    layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.double()
+
+
+def turn_a_number(layer: nn.Module) -> None:
+    layer.self_attn.scaling *= 2
+
+
+@pytest.mark.parametrize("change", [swap_weight, swap_module, add_hook, cast_in_place, turn_a_number])
+def test_a_snapshot_sees_every_change(model, change):
+    layer = model.model.layers[0]
+    snapshot = Unchanged(layer)
+    assert snapshot.still()
+    change(layer)
+    assert not snapshot.still()
 
 
 def test_a_limit_of_our_own_for_a_torch_without_one(model, policies, prompt, greedy, monkeypatch):
     monkeypatch.setattr("kvpolicy.runtime.compiling._LIMIT", {})
     apply(model, policies["window"], compile="eager")
     model.generate(prompt, **greedy)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        with pytest.raises(ModelError, match="would need a second graph"):
-            model.generate(prompt, **greedy)
-    finally:
-        torch.set_num_threads(threads)
+    model.model.layers[1].self_attn.scaling *= 2
+    with pytest.raises(ModelError, match="would need a second graph"):
+        model.generate(prompt, **greedy)
     assert compile_report(model) == CompileReport(graphs=2, recompiles=1)
 
 
