@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -227,6 +229,11 @@ class Policy(Strict):
                 )
         return pools
 
+    def reads(self, name: str) -> bool:
+        """Whether a number of the policy depends on this built-in name, as in `max_new_tokens`."""
+        said = (self.pools, self.overrides, self.total, self.prompt_chunk)
+        return any(name in quantity.names for quantity in _quantities(said))
+
     def bind(self, **params: object) -> Policy:
         """The same policy with other values of params. Raises PolicyError as loading does."""
         return self._text().bind(params)
@@ -260,3 +267,14 @@ class Policy(Strict):
 
     def __hash__(self) -> int:
         return hash((self.name, self.digest))
+
+
+def _quantities(value: object) -> Iterator[Quantity]:
+    """Every quantity inside a value, however deep."""
+    if isinstance(value, Quantity):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from _quantities(list(vars(value).values()))
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _quantities(each)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,55 +12,31 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvpolicy.errors import CacheError, PolicyError, UsageError
-from kvpolicy.plan import Plan, make_plan
+from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
+from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 
 if TYPE_CHECKING:
     from kvpolicy.patching.patch import Patch
-
-Lengths = int | tuple[int, int]
-Result = TypeVar("Result")
-
-SHARED = 128  # tokens: prompts between two multiples of it are planned alike where steps are compiled
 
 
 def build_cache(
     model: Any, patch: Patch, *, prompt: Lengths, max_new_tokens: int, batch: int, turns: int = 1
 ) -> PolicyCache:
     """A fresh cache for a patched model, the caller's own; lengths as in `make_plan`."""
-    plan = plan_for(model, patch, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, turns=turns)
+    plan = plan_for(patch.policy, geometry_of(model, patch), prompt, max_new_tokens, batch, turns)
     with torch.inference_mode(False):  # made inside inference mode, its tensors could never be written outside again
         return PolicyCache(plan, **settings_for(model, patch))
 
 
-def plan_for(model: Any, patch: Patch, **lengths: Any) -> Plan:
-    """The plan of a cache for a patched model, which may have been cast since the policy was applied."""
-    geometry = replace(patch.geometry, dtype=str(model.dtype).removeprefix("torch."))
-    return make_plan(patch.policy, geometry, **lengths)
+def geometry_of(model: Any, patch: Patch) -> ModelGeometry:
+    """The shape of a patched model, which may have been cast since the policy was applied."""
+    return replace(patch.geometry, dtype=str(model.dtype).removeprefix("torch."))
 
 
 def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
-    return {"device": model.device, "dtype": model.dtype}
-
-
-def lengths_to_plan(patch: Patch, prompt: tuple[int, int]) -> list[tuple[int, int]]:
-    """Prompt lengths (fewest, most) that `generate` may plan a turn for, best first.
-
-    Where steps are compiled and a policy keeps the prompt, its length is a shape in the graph: lengths that are planned
-    alike share one. A policy that has no room for the longest of them gets the prompt's own.
-    """
-    low, high = prompt
-    wide = max(min(low, 1), low // SHARED * SHARED), -(-high // SHARED) * SHARED
-    return [prompt] if patch.compiler is None else [wide, prompt]
-
-
-def first_that_fits(prompts: list[tuple[int, int]], use: Callable[[tuple[int, int]], Result]) -> Result:
-    """Use the first of several prompt lengths that the policy does not refuse; the last one's refusal stands."""
-    for prompt in prompts[:-1]:
-        with suppress(UsageError, PolicyError):
-            return use(prompt)
-    return use(prompts[-1])
+    return {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
 
 
 @dataclass
@@ -106,10 +80,14 @@ class CacheBuilder:
 
     def _lend(self, turn: Turn, rows: int) -> PolicyCache:
         """An empty cache for one call; the one of the last call, where a decode loop gave it back and it is alike."""
-        plan = partial(plan_for, self.model, self.patch, max_new_tokens=turn.max_new_tokens, batch=rows)
-        found = first_that_fits(lengths_to_plan(self.patch, turn.prompt), lambda prompt: plan(prompt=prompt))
+        patch, geometry = self.patch, geometry_of(self.model, self.patch)
+        prompt, new = patch.room.widen(turn.prompt, turn.max_new_tokens)
+        if prompt is None and patch.compiler is not None:
+            plan = shared_plan(patch.policy, geometry, turn.prompt, new, rows)
+        else:
+            plan = plan_for(patch.policy, geometry, prompt or turn.prompt, new, rows)
         with torch.inference_mode(False):
-            return self.patch.shelf.lend(self.model, found, settings_for(self.model, self.patch))
+            return patch.shelf.lend(self.model, plan, settings_for(self.model, patch))
 
     def _defer(self, *arguments: Any) -> None:
         type(self.model)._prepare_cache_for_generation(self.model, *arguments)
@@ -180,9 +158,12 @@ class Turn:
         fits = plan.prompt[0] <= self.prompt[0] and self.prompt[1] <= plan.prompt[1]
         if fits and self.max_new_tokens <= plan.max_new_tokens and cache.passes["prompt"] < plan.turns:
             return
-        extend = partial(cache.extend, max_new_tokens=self.max_new_tokens)
         with torch.inference_mode(False):
-            first_that_fits(lengths_to_plan(patch, self.prompt), lambda prompt: extend(prompt=prompt))
+            if patch.compiler is not None:
+                with suppress(UsageError, PolicyError):  # no room for the longest of the bucket: then for these
+                    cache.extend(prompt=bucket(self.prompt), max_new_tokens=self.max_new_tokens)
+                    return
+            cache.extend(prompt=self.prompt, max_new_tokens=self.max_new_tokens)
 
     def announce(self, cache: PolicyCache) -> None:
         """Tell the cache the turn's length, as its chunks cannot; a single token on top goes on where it stopped."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, load_policy
 from kvpolicy.patching.attention import PREFIX, register
@@ -17,6 +18,7 @@ from kvpolicy.patching.caches import CacheBuilder, build_cache
 from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
+from kvpolicy.patching.lengths import Room
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
@@ -32,7 +34,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class Patch:
     """What `apply` did to one model; it lives on the model, as its only new attribute with a name of ours.
 
-    `compiler` is None where steps run eagerly. `shelf` keeps one cache between two calls of `generate`.
+    `compiler` is None where steps run eagerly. `room` is what was said of the lengths to come. `shelf` keeps one cache
+    between two calls of `generate`.
     """
 
     policy: Policy
@@ -40,6 +43,8 @@ class Patch:
     previous: str
     compiler: StepCompiler | None
     journal: Journal
+    backend: str = "auto"
+    room: Room = field(default_factory=Room)
     shelf: Shelf = field(default_factory=Shelf)
 
     def take_off(self) -> None:
@@ -52,7 +57,16 @@ class Patch:
         register(self.previous)  # a model may be unpickled in a process where nothing was applied yet
 
 
-def apply(model: Model, policy: str | Path | Policy, *, compile: bool | str | None = None, **params: object) -> Model:
+def apply(
+    model: Model,
+    policy: str | Path | Policy,
+    *,
+    compile: bool | str | None = None,
+    backend: str = "auto",
+    max_prompt: int | None = None,
+    max_new_tokens: int | None = None,
+    **params: object,
+) -> Model:
     """Put a policy under the attention of a model; from then on `generate` builds the policy's cache by itself.
 
     Only this instance changes: not its class, not another model, not its weights. With any other cache it behaves as
@@ -61,7 +75,12 @@ def apply(model: Model, policy: str | Path | Policy, *, compile: bool | str | No
     Args:
         policy: the name of a shipped policy, the path of a YAML file, or a loaded Policy.
         compile: run generated steps through torch.compile, one graph per kind of step and layer shape; a string names
-            the backend (inductor by default); None: on CUDA only.
+            the backend of torch.compile (inductor by default); None: on CUDA only.
+        backend: who computes attention in generated steps: "torch", "triton", or "auto", which is triton on a GPU
+            where it can run.
+        max_prompt, max_new_tokens: the most tokens of a row that any call of `generate` will bring. Caches are then
+            planned once for that, so that all calls share one allocation and what is compiled and captured for it; a
+            call that brings more is refused. By default every call is planned for its own lengths.
         params: values for the policy's params, as `--set` gives them.
 
     Returns:
@@ -76,13 +95,16 @@ def apply(model: Model, policy: str | Path | Policy, *, compile: bool | str | No
     dtype = str(model.dtype).removeprefix("torch.")
     geometry = ModelGeometry.from_config(base.config, dtype)
     check_policy(policy, geometry)
+    choose_backend(backend, model.device, geometry)
+    room = Room(max_prompt, max_new_tokens)
+    room.check(policy, geometry)
     wanted = model.device.type == "cuda" if compile is None else compile
     layers = decoder_layers(model, architecture)
     if wanted:
         check_forwards(layers)
     compiler = StepCompiler(wanted if isinstance(wanted, str) else "inductor") if wanted else None
     previous = (base.config._attn_implementation or "eager").removeprefix(PREFIX)
-    patch = Patch(policy, geometry, previous, compiler, Journal())
+    patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room)
     try:
         _change(model, patch, layers)
     except BaseException:
@@ -101,11 +123,9 @@ def remove(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def applied(
-    model: Model, policy: str | Path | Policy, *, compile: bool | str | None = None, **params: object
-) -> Iterator[Model]:
-    """`apply` for the length of a `with` block; the policy comes off also when the block raises."""
-    apply(model, policy, compile=compile, **params)
+def applied(model: Model, policy: str | Path | Policy, **arguments: Any) -> Iterator[Model]:
+    """`apply`, with its arguments, for the length of a `with` block; the policy comes off also when it raises."""
+    apply(model, policy, **arguments)
     patch = patch_of(model)
     try:
         yield model

@@ -13,14 +13,19 @@ from kvpolicy.patching.patch import FORMAT, apply
 
 
 def from_pretrained(
-    path: str | Path, *, model_class: Any = AutoModelForCausalLM, compile: bool | str | None = None, **kwargs: Any
+    path: str | Path,
+    *,
+    model_class: Any = AutoModelForCausalLM,
+    compile: bool | str | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model that was saved with a policy, and apply the policy to it.
 
     Args:
         path: a folder or hub id, as `model_class.from_pretrained` takes it.
         model_class: the transformers class to load with.
-        compile: as in `apply`.
+        compile, backend: as in `apply`.
         kwargs: passed on to `model_class.from_pretrained`.
 
     Raises:
@@ -29,7 +34,7 @@ def from_pretrained(
     model = model_class.from_pretrained(path, **kwargs)
     policy = recorded_policy(model.config, str(path))
     del model.config.kv_policy  # apply records it again, and remove() then leaves no trace of it
-    return apply(model, policy, compile=compile)
+    return apply(model, policy, compile=compile, backend=backend)
 
 
 def recorded_policy(config: Any, where: str) -> Policy:
