@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpolicy.attention.kernels import parts
 from kvpolicy.attention.kernels.examples import Example
-from kvpolicy.attention.kernels.launching import dot_dtype, power_of_2
+from kvpolicy.attention.kernels.launching import PRECISION, dot_dtype, power_of_2, tile_side
 from kvpolicy.attention.kernels.parts import LOG2E, fold_logits, load_query, store_mixed, store_sums
 
 
@@ -42,12 +42,12 @@ def _attend_pages(
         placed = tl.load(position + pair.to(tl.int64) * slots + slot, there, other=-1)
         at = keys + row * key_row + head * key_head + slot[None, :] * key_slot + channel[:, None]
         key = tl.load(at, there[None, :] & (channel < SIZE)[:, None], other=0.0)
-        logits = tl.dot(heads, key.to(DOT), input_precision="ieee") * (scaling * LOG2E)
+        logits = tl.dot(heads, key.to(DOT), input_precision=PRECISION) * (scaling * LOG2E)
         logits = tl.where((placed >= 0)[None, :], logits, float("-inf"))
         shares, fade, highest, total = fold_logits(logits, highest, total)
         at = values + row * value_row + head * value_head + slot[:, None] * value_slot + channel[None, :]
         value = tl.load(at, there[:, None] & (channel < SIZE)[None, :], other=0.0)
-        mixed = tl.dot(shares.to(DOT), value.to(DOT), acc=mixed * fade[:, None], input_precision="ieee")
+        mixed = tl.dot(shares.to(DOT), value.to(DOT), acc=mixed * fade[:, None], input_precision=PRECISION)
     pairs = tl.num_programs(0)
     store_sums(log_sums, highest, total, part, pair, pairs, GROUP, HEADS)
     store_mixed(out, mixed, total, part, pair, pairs, GROUP, HEADS, SIZE, 0, SIZE, WIDE)
@@ -64,8 +64,8 @@ def launch(
     _attend_pages[(rows * kv_heads, count)](
         query.contiguous(), keys, values, position.contiguous(), index.contiguous(), outputs, log_sums,
         scaling, kv_heads, slots, index.shape[2], length, *keys.stride()[:3], *values.stride()[:3],
-        **parts.head_sizes(query), WIDE=max(16, power_of_2(query.shape[-1])), PAGE=page, TOKENS=parts.TOKENS,
-        DOT=dot_dtype(_attend_pages, query),
+        **parts.head_sizes(query), WIDE=max(16, power_of_2(query.shape[-1])), PAGE=page,
+        TOKENS=tile_side(query.shape[-1], query.element_size()), DOT=dot_dtype(_attend_pages, query),
     )  # fmt: skip
     return parts.put_together(outputs, log_sums, query.dtype)
 
@@ -83,6 +83,7 @@ def examples() -> Iterator[Example]:
         arguments: dict[str, Any] = {**dict.fromkeys(numbers, int), "scaling": float, "position": torch.int32}
         arguments |= dict.fromkeys(strides, size)
         sizes = parts.head_sizes(torch.empty(1, 1, group, size, device="meta"))
-        constants = {**sizes, "WIDE": power_of_2(size), "PAGE": page, "TOKENS": parts.TOKENS, "DOT": dot}
+        constants = {**sizes, "WIDE": power_of_2(size), "PAGE": page, "DOT": dot}
+        constants["TOKENS"] = tile_side(size, dtype.itemsize)
         results = {"index": torch.int32, "out": out, "log_sums": torch.float32}
         yield Example(_attend_pages, {**tensors, **arguments, **results, **constants})

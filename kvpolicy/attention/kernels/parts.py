@@ -19,7 +19,6 @@ from kvpolicy.attention.kernels.launching import power_of_2
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-TOKENS = 64  # slots read at once
 SLOTS_OF_A_PART = 256
 MOST_PARTS = 64
 
@@ -92,9 +91,9 @@ def _put_together(
 
 
 def count_parts(slots: int) -> tuple[int, int]:
-    """In how many parts ``slots`` slots are read, and the slots of one: whole tiles."""
+    """In how many parts ``slots`` slots are read, and the slots of one: whole tiles, of whichever size."""
     wanted = min(MOST_PARTS, max(1, triton.cdiv(slots, SLOTS_OF_A_PART)))
-    length = TOKENS * max(1, triton.cdiv(triton.cdiv(slots, wanted), TOKENS))
+    length = 64 * max(1, triton.cdiv(triton.cdiv(slots, wanted), 64))
     return max(1, triton.cdiv(slots, length)), length
 
 

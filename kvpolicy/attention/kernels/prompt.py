@@ -16,14 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy.attention.kernels.examples import Example
-from kvpolicy.attention.kernels.launching import dot_dtype, power_of_2
+from kvpolicy.attention.kernels.launching import PRECISION, dot_dtype, power_of_2, tile_side
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HIDDEN_POSITION = tl.constexpr(2**31 - 1)  # that of a block without tokens: no query reaches it
 
-TILE_ROWS = 64  # query tokens times query heads in a tile
-TILE_SLOTS = 64
 REACHES = 256  # blocks whose reach is read at once
 
 
@@ -113,7 +111,7 @@ def _log_sums(
         key, key_at, _slot = _tile_keys(
             keys, key_position, row, head, kv_heads, index, slots, key_row, key_head, key_slot, SLOTS, SIZE, WIDE, DOT
         )
-        logits = tl.dot(tile, key, input_precision="ieee") * (scaling * LOG2E)
+        logits = tl.dot(tile, key, input_precision=PRECISION) * (scaling * LOG2E)
         seen = (key_at >= 0)[None, :] & (key_at[None, :] <= position[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         if HEADS_FIRST:
@@ -162,7 +160,7 @@ def _column_sums(
             query, query_position, row, head, index, tokens, query_row, query_head, query_token,
             GROUP, HEADS, TOKENS, SIZE, WIDE, DOT,
         )  # fmt: skip
-        logits = tl.dot(tile, key, input_precision="ieee") * scaling
+        logits = tl.dot(tile, key, input_precision=PRECISION) * scaling
         seen = (key_at >= 0)[None, :] & (key_at[None, :] <= position[:, None])
         if SOFTMAX and REDUCE == "first":
             logits = tl.max(tl.reshape(tl.where(seen, logits, float("-inf")), [HEADS, TOKENS, SLOTS]), axis=0)
@@ -209,7 +207,7 @@ def launch(
     tokens = query.shape[2]
     query, keys = _channels_together(query), _channels_together(keys)
     query_position, key_position = query_position.contiguous(), key_position.contiguous()
-    sizes = _sizes(query.shape[1] // kv_heads, query.shape[3])
+    sizes = _sizes(query.shape[1] // kv_heads, query.shape[3], query.element_size())
     query_reach = _block_reach(query_position, sizes["TOKENS"], -1)
     nearest = torch.where(key_position < 0, HIDDEN_POSITION.value, key_position)
     slot_reach = _block_reach(-nearest, sizes["SLOTS"], -HIDDEN_POSITION.value)
@@ -237,13 +235,14 @@ def launch(
     return out
 
 
-def _sizes(group: int, channels: int) -> dict[str, int]:
-    padded = power_of_2(group)
+def _sizes(group: int, channels: int, itemsize: int) -> dict[str, int]:
+    """A tile of queries has as many lines, heads times tokens, as a tile of keys has slots."""
+    padded, side = power_of_2(group), tile_side(channels, itemsize)
     return {
         "GROUP": group,
         "HEADS": padded,
-        "TOKENS": max(1, TILE_ROWS // padded),
-        "SLOTS": TILE_SLOTS,
+        "TOKENS": max(1, side // padded),
+        "SLOTS": side,
         "SIZE": channels,
         "WIDE": max(16, power_of_2(channels)),
     }
@@ -273,6 +272,7 @@ def examples() -> Iterator[Example]:
         (4, 128, torch.bfloat16, tl.bfloat16, ("mean", "max", "first", "each", "sum", "logits")),
         (3, 80, torch.float16, tl.float16, ("first", "each")),
         (1, 64, torch.float32, tl.float32, ("mean",)),
+        (8, 256, torch.float32, tl.float32, ("max",)),
     ):
         strides = ("query_row", "query_head", "query_token", "key_row", "key_head", "key_slot")
         shared: dict[str, Any] = {
@@ -285,7 +285,7 @@ def examples() -> Iterator[Example]:
             "out": torch.float32,
             "DOT": dot,
             "CHUNK": REACHES,
-            **_sizes(group, channels),
+            **_sizes(group, channels, dtype.itemsize),
         }
         for first in {reduce == "first" for reduce in heads}:
             parts = {"slot_reach": torch.int32, "slot_blocks": int, "HEADS_FIRST": first}

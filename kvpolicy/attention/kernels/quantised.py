@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpolicy.attention.kernels import parts
 from kvpolicy.attention.kernels.examples import Example
-from kvpolicy.attention.kernels.launching import dot_dtype, power_of_2
+from kvpolicy.attention.kernels.launching import PRECISION, dot_dtype, power_of_2, tile_side
 from kvpolicy.attention.kernels.parts import LOG2E, fold_logits, load_query, store_mixed, store_sums
 from kvpolicy.attention.quantised import Quantised
 
@@ -81,13 +81,13 @@ def _attend_quantised(
             lower, key_scale, key_zero, pair, slots, slot, there, 0, STORED, WIDE,
             SIZE, GROUPED, KEYS_BY_CHANNEL, TOGETHER, DOT,
         )  # fmt: skip
-        logits = tl.dot(heads, tl.trans(key), input_precision="ieee")
+        logits = tl.dot(heads, tl.trans(key), input_precision=PRECISION)
         if BITS == 4:
             key = _numbers(
                 code >> 4, key_scale, key_zero, pair, slots, slot, there, STORED, STORED, WIDE,
                 SIZE, GROUPED, KEYS_BY_CHANNEL, TOGETHER, DOT,
             )  # fmt: skip
-            logits = tl.dot(upper_heads, tl.trans(key), acc=logits, input_precision="ieee")
+            logits = tl.dot(upper_heads, tl.trans(key), acc=logits, input_precision=PRECISION)
         logits = tl.where(there[None, :], logits * (scaling * LOG2E), float("-inf"))
         shares, fade, highest, total = fold_logits(logits, highest, total)
         code = tl.load(value_codes + at, there[:, None] & (byte < STORED)[None, :], other=0)
@@ -96,13 +96,13 @@ def _attend_quantised(
             lower, value_scale, value_zero, pair, slots, slot, there, 0, STORED, WIDE,
             SIZE, GROUPED, VALUES_BY_CHANNEL, TOGETHER, DOT,
         )  # fmt: skip
-        mixed = tl.dot(shares.to(DOT), value, acc=mixed * fade[:, None], input_precision="ieee")
+        mixed = tl.dot(shares.to(DOT), value, acc=mixed * fade[:, None], input_precision=PRECISION)
         if BITS == 4:
             value = _numbers(
                 code >> 4, value_scale, value_zero, pair, slots, slot, there, STORED, STORED, WIDE,
                 SIZE, GROUPED, VALUES_BY_CHANNEL, TOGETHER, DOT,
             )  # fmt: skip
-            upper_mixed = tl.dot(shares.to(DOT), value, acc=upper_mixed * fade[:, None], input_precision="ieee")
+            upper_mixed = tl.dot(shares.to(DOT), value, acc=upper_mixed * fade[:, None], input_precision=PRECISION)
     pairs = tl.num_programs(0)
     store_sums(log_sums, highest, total, part, pair, pairs, GROUP, HEADS)
     store_mixed(out, mixed, total, part, pair, pairs, GROUP, HEADS, SIZE, 0, STORED, WIDE)
@@ -120,24 +120,18 @@ def launch(
     stored = (tensor.contiguous() for each in (keys, values) for tensor in (each.codes, each.scale, each.zero))
     _attend_quantised[(rows * kv_heads, count)](
         query.contiguous(), *stored, position.contiguous(), outputs, log_sums, scaling, slots, length,
-        **parts.head_sizes(query), **_storage(query.shape[-1], keys.bits, keys.group),
+        **parts.head_sizes(query), **_storage(query, keys.bits, keys.group),
         KEYS_BY_CHANNEL=keys.by == "channel", VALUES_BY_CHANNEL=values.by == "channel",
         DOT=dot_dtype(_attend_quantised, query),
     )  # fmt: skip
     return parts.put_together(outputs, log_sums, query.dtype)
 
 
-def _storage(size: int, bits: int, group: int) -> dict[str, Any]:
-    stored = size * bits // 8
-    wide, together = max(16, power_of_2(stored)), group % parts.TOKENS == 0
-    return {
-        "STORED": stored,
-        "WIDE": wide,
-        "BITS": bits,
-        "GROUPED": group,
-        "TOGETHER": together,
-        "TOKENS": parts.TOKENS,
-    }
+def _storage(query: Tensor, bits: int, group: int) -> dict[str, Any]:
+    stored = query.shape[-1] * bits // 8
+    side = tile_side(stored, query.element_size())
+    tile = {"WIDE": max(16, power_of_2(stored)), "TOKENS": side, "TOGETHER": group % side == 0}
+    return {"STORED": stored, "BITS": bits, "GROUPED": group, **tile}
 
 
 def examples() -> Iterator[Example]:
@@ -155,9 +149,8 @@ def examples() -> Iterator[Example]:
             "query": dtype,
             "position": torch.int32,
         }
-        sizes = parts.head_sizes(torch.empty(1, 1, group, size, device="meta"))
+        query = torch.empty(1, 1, group, size, dtype=dtype, device="meta")
         by = dict(zip(("KEYS_BY_CHANNEL", "VALUES_BY_CHANNEL"), ways, strict=True))
-        numbers = {"scaling": float, "slots": int, "length": int}
-        yield Example(
-            _attend_quantised, {**tensors, **numbers, **sizes, **_storage(size, bits, grouped), **by, "DOT": dot}
-        )
+        numbers = {"scaling": float, "slots": int, "length": int, "DOT": dot}
+        sizes = {**parts.head_sizes(query), **_storage(query, bits, grouped)}
+        yield Example(_attend_quantised, {**tensors, **numbers, **sizes, **by})
