@@ -203,6 +203,8 @@ class TransformersArm(Arm):
 class DynamicArm(TransformersArm):
     """DynamicCache, eager: keys and values are copied into longer tensors at each step."""
 
+    note = "eager, and it copies the whole cache into longer tensors at each step"
+
     def _cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 

@@ -13,6 +13,9 @@ from kvpolicy.lab.palette import INK, LINE, SHADES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+OF_A_LENGTH = "dense, "
+"""How references are called that are full caches of lengths of their own."""
+
 BAR = 0.34
 """Inches of a bar, the space below it included."""
 
@@ -55,13 +58,16 @@ def _stack(figure: Any, heights: Sequence[float]) -> list[Axes]:
 
 
 def _ratios(axes: Axes, rows: Sequence[Row], reference: str, colours: dict[str, Any]) -> None:
-    where = [f"{_k(row.budget)} of {_k(row.context)}, batch {row.batch}" for row in rows]
+    own = reference.startswith(OF_A_LENGTH)  # the reference says what it is as long as
+    where = [f"{_k(row.budget)}{'' if own else f' of {_k(row.context)}'}, batch {row.batch}" for row in rows]
     values, ideals = [row.ratios[reference] for row in rows], [row.ideal[reference] for row in rows]
     _bars(axes, [row.label for row in rows], where, values, colours)
     for place, ideal in enumerate(ideals):
         axes.plot([ideal, ideal], [place - 0.4, place + 0.4], color=INK, linewidth=1.6)
     axes.set_xlim(0, 1.12 * max(1.0, *values, *ideals))
     said = {"dense": "the full cache, whole context", "dense-at-budget": "a full cache of the budget's size"}
+    if own:
+        said[reference] = f"a full cache of {reference.removeprefix(OF_A_LENGTH)} tokens"
     axes.set_title(
         f"a step is this many times as fast as with {said.get(reference, reference)}", fontsize=10, loc="left"
     )
@@ -99,7 +105,7 @@ def _bars(
     for place, value in zip(places, values, strict=True):
         axes.text(0.02, place, f"{value:.2f}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
     axes.set_yticks(places, [f"{label}  ({at})" for label, at in zip(labels, where, strict=True)], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(values), 2) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color=LINE, linewidth=0.5)
     axes.set_axisbelow(True)

@@ -79,7 +79,7 @@ class Track:
         self.weights = weight_bytes(model)
         self.model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.bandwidth = copy_bandwidth(self.device)
-        self._slopes: dict[tuple[str, str], float | None] = {}
+        self._slopes: dict[str, float | None] = {}
 
     def race(self, entries: Sequence[Entry], where: str, standing: Running | None = None) -> list[Row]:
         """Make arms ready, let them take turns, and say what came of it.
@@ -150,7 +150,7 @@ class Track:
 
     def _slope(self, entry: Entry, whole: float) -> float | None:
         """Launches that one more layer costs; looked for once for each policy, as batch and lengths hardly matter."""
-        layers, key, case = self.shape.layers, (entry.name, entry.label), entry.case
+        layers, key, case = self.shape.layers, entry.label, entry.case
         if key not in self._slopes and layers > 1:
             self._slopes[key] = None
             with suppress(PolicyError):  # an override that names a layer which a model of one layer does not have
