@@ -107,12 +107,14 @@ class FusedStep:
     def __init__(self, fusion: Fusion, state: LayerState, clocks: Clocks) -> None:
         self.launches = fusion.launches
         self.names: dict[bool, str] = {}
+        self.forms: dict[bool, Form] = {}
         self.state: dict[bool, list[Tensor]] = {}
         self.given: dict[bool, list[Tensor]] = {}
         for update in (False, True):
             roles = [*_arrival_roles(fusion, state, clocks), *_work_roles(fusion, update, state, clocks)]
             written, read = _grouped(roles)
-            self.names[update] = register(fusion.form(update, roles))
+            self.forms[update] = fusion.form(update, roles)
+            self.names[update] = register(self.forms[update])
             self.state[update], self.given[update] = list(written.values()), list(read.values())
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, update: bool) -> Tensor:

@@ -26,12 +26,20 @@ def run_layer(layer: PolicyLayer, query: Tensor, key: Tensor, value: Tensor, sca
 class Beside:
     """A runtime cache and an oracle of one plan, fed together.
 
-    ``generated`` runs a layer's generated passes (hand in a compiled ``run_layer`` to check that instead).
+    ``generated`` runs a layer's generated passes (hand in a compiled ``run_layer`` to check that instead); ``device``
+    and ``backend`` are the cache's.
     """
 
-    def __init__(self, plan: Plan, *, generated: Run = run_layer, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        generated: Run = run_layer,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+    ) -> None:
         self.plan = plan
-        self.cache = PolicyCache(plan, device=device)
+        self.cache = PolicyCache(plan, device=device, backend=backend)
         self.agreement = Agreement(plan, rows=plan.batch)
         self.generated = generated
 
