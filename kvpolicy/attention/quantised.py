@@ -88,8 +88,8 @@ def attend_quantised(
 
     Shapes: query [B, K, G, D], position [B, K, S], -1 where a slot is empty. Returns what ``parts.attend_part`` does.
     """
-    opened = (dequantise(stored, query.dtype) for stored in (keys, values))
-    return attend_part(query, *opened, position < 0, scaling)
+    opened_keys, opened_values = (dequantise(stored, query.dtype) for stored in (keys, values))
+    return attend_part(query, opened_keys, opened_values, position < 0, scaling)
 
 
 def _extremes(numbers: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:

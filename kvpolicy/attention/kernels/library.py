@@ -95,8 +95,8 @@ def attend_quantised(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """``attention.quantised.attend_quantised``; ``keys`` and ``values`` are each codes, scale and zero."""
-    opened_keys = stored.Quantised(*keys, bits, group, keys_by)
-    opened_values = stored.Quantised(*values, bits, group, values_by)
+    opened_keys = stored.Quantised(keys[0], keys[1], keys[2], bits, group, keys_by)
+    opened_values = stored.Quantised(values[0], values[1], values[2], bits, group, values_by)
     if available(query.device) is not None:
         return stored.attend_quantised(query, opened_keys, opened_values, position, scaling)
     from kvpolicy.attention.kernels import quantised

@@ -44,8 +44,7 @@ def _numbers(
             step = tl.load(scale + at, there[:, None] & held[None, :], other=0.0)
             start = tl.load(zero + at, there[:, None] & held[None, :], other=0.0)
     else:
-        groups: tl.constexpr = (SIZE + GROUPED - 1) // GROUPED
-        at = (pair * slots + slot[:, None]) * groups + (FROM + channel[None, :]) // GROUPED
+        at = (pair * slots + slot[:, None]) * ((SIZE + GROUPED - 1) // GROUPED) + (FROM + channel[None, :]) // GROUPED
         step = tl.load(scale + at, there[:, None] & held[None, :], other=0.0)
         start = tl.load(zero + at, there[:, None] & held[None, :], other=0.0)
     numbers = codes.to(tl.float32) * step.to(tl.float32) + start.to(tl.float32)
