@@ -78,7 +78,7 @@ def combine_constants(splits: Splits, work: Work | None) -> Constants:
     own, (start, span), total = work.ranked[work.own], span_of(work), power_of_2(work.units)
     first_units = [sum(pool.units for pool in work.ranked[:i]) for i in range(len(work.ranked))]
     places = {name: (number, by_head) for number, (name, by_head) in enumerate(work.reads)}
-    hit, above = work.hit or ("none", 0.0)
+    hit, threshold = work.hit or ("none", ())  # a number, or the tree of a share
     return constants | {
         "SPAN_START": start,
         "SPAN": span,
@@ -92,8 +92,8 @@ def combine_constants(splits: Splits, work: Work | None) -> Constants:
         "SIGNAL": work.signal,
         "HEADS": work.heads,
         "HIT": hit,
-        "ABOVE": above if hit == "above" else 0.0,
-        "SHARE": share_function(above, places) if hit == "top" else None,
+        "ABOVE": threshold if hit == "above" else 0.0,
+        "SHARE": share_function(threshold, places) if hit == "top" else None,
         "MEMORY": work.memory[0],
         "FADE": work.memory[1],
         "WEIGHT": work.weight,
