@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHAPE = "smollm2-135m"
 OWN = "own"
-AGAINST = ("dense", "dense-at-budget", "hf-dynamic", "hf-static", "hf-flex")
+AGAINST = ("dense", "dense-at-budget", "hf-dynamic", "hf-dynamic-at-budget", "hf-static", "hf-flex")
 
 EPILOG = (
     "Examples: kvpolicy bench h2o raas --budget 1k --context 4k; kvpolicy bench scope-slide -m builtin:tiny --context "

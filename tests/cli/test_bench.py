@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvpolicy.cli.bench import numbers, share, size
+from kvpolicy.cli.bench import AGAINST, numbers, share, size
 from kvpolicy.cli.main import main
 
 QUICK = ["-m", "builtin:tiny", "-c", "160", "--budget", "48", "-n", "8", "--rounds", "2", "--no-launches"]
@@ -120,6 +120,12 @@ def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("kvpolicy.lab.chart.find_spec", lambda name: None)
     assert main(["bench", "window", "--plot", "r.png"]) == 5
     assert "kvpolicy[plot]" in capsys.readouterr().err
+
+
+def test_the_command_line_knows_every_reference() -> None:
+    from kvpolicy.lab.bench import arms
+
+    assert AGAINST == arms.AGAINST
 
 
 def test_numbers_as_people_write_them() -> None:

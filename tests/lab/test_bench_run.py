@@ -36,7 +36,7 @@ def policies(report: Report) -> Iterator[Row]:
 
 def test_every_arm_has_a_row_and_what_cannot_run_says_why(report: Report) -> None:
     assert [row.arm for row in report.rows] == [
-        "dense", "dense-at-budget", *["policy"] * len(NAMES), "hf-dynamic", "hf-static"
+        "dense", "dense-at-budget", "hf-dynamic-at-budget", *["policy"] * len(NAMES), "hf-dynamic", "hf-static"
     ]  # fmt: skip
     assert tuple(row.label for row in policies(report)) == NAMES
     assert any(note.startswith("hf-flex is left out") for note in report.notes)
@@ -54,7 +54,7 @@ def test_policies_hold_their_budget_and_evict_while_they_are_timed(report: Repor
 
 def test_bytes_allocated_are_those_of_the_plan(report: Report) -> None:
     for row in report.rows:
-        if row.arm != "hf-dynamic":  # which allocates a new cache at each step
+        if not row.arm.startswith("hf-dynamic"):  # which allocates a new cache at each step
             assert row.allocated_bytes == pytest.approx(row.planned_bytes, rel=0.002)
         assert row.planned_bytes < row.peak_bytes and row.reserved_bytes is None
     dense, small = report.rows[0], report.rows[1]
@@ -65,7 +65,8 @@ def test_bytes_allocated_are_those_of_the_plan(report: Report) -> None:
 def test_ratios_are_taken_against_each_reference_of_the_same_turns(report: Report) -> None:
     small = report.rows[1]
     for row in policies(report):
-        assert set(row.ratios) == {"dense", "dense-at-budget"} == set(row.ideal)
+        assert set(row.ratios) == {"dense", "dense-at-budget", "hf-dynamic-at-budget"} == set(row.ideal)
+        assert row.ideal["hf-dynamic-at-budget"] == row.ideal["dense-at-budget"]
         assert row.ratios["dense-at-budget"] == pytest.approx(small.ms / row.ms)
         assert row.ideal["dense-at-budget"] == pytest.approx(small.step_bytes / row.step_bytes)
     assert set(report.rows[-1].ratios) == {"dense", "hf-dynamic"}

@@ -24,8 +24,10 @@ from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.stepping import Stepper
 
-AGAINST = ("dense", "dense-at-budget", "hf-dynamic", "hf-static", "hf-flex")
-"""What policies can be held against: the project's own full cache, and those of transformers."""
+AT_BUDGET = "-at-budget"
+AGAINST = ("dense", "dense-at-budget", "hf-dynamic", "hf-dynamic-at-budget", "hf-static", "hf-flex")
+"""What policies can be held against: full caches, our own and those of transformers, as long as the context or the
+budget."""
 
 
 class Arm(ABC):
@@ -171,7 +173,7 @@ class TransformersArm(Arm):
 
     @property
     def cache_bytes(self) -> int:
-        return token_bytes(self.shape) * self.case.batch * self.case.context
+        return token_bytes(self.shape) * self.case.batch * self.case.held
 
     @property
     def read_bytes(self) -> int:
@@ -228,7 +230,7 @@ class StaticArm(TransformersArm):
         self.call = self.model.get_compiled_call(config) if compile else self.model
 
     def _cache(self) -> Cache:
-        return StaticCache(config=self.model.config, max_cache_len=self.case.context)
+        return StaticCache(config=self.model.config, max_cache_len=self.case.held)
 
     def build(self) -> None:
         super().build()
@@ -273,7 +275,7 @@ def make_arm(name: str, case: Case, model: Any, *, compile: bool, backend: str) 
     """
     if reason := refusal(name, model.device):
         raise UsageError(f"{name}: {reason}; drop it from --against")
-    if name == "hf-dynamic":
+    if name.removesuffix(AT_BUDGET) == "hf-dynamic":
         return DynamicArm(name, case, model)
     if name == "hf-static":
         return StaticArm(name, case, model, compile=compile)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvpolicy.errors import UsageError
-from kvpolicy.lab.bench.arms import refusal
+from kvpolicy.lab.bench.arms import AT_BUDGET, refusal
 from kvpolicy.lab.bench.cases import Case, full_cache, policy_case
 from kvpolicy.lab.bench.counting import kernels_visible
 from kvpolicy.lab.bench.memory import available, gigabytes, total
@@ -91,11 +91,17 @@ class Bench(Track):
         groups = []
         for budget in options.budgets:
             group = []
-            if "dense-at-budget" in against and budget is not None:
+            for name in (name for name in against if name.endswith(AT_BUDGET) and budget is not None):
                 full = full_cache(
                     self.dense, budget, self.shape, batch=batch, steps=options.steps, prompt=options.prompt
                 )
-                group.append(Entry("dense-at-budget", "dense", replace(full, context=context, budget=budget)))
+                group.append(
+                    Entry(
+                        name,
+                        "dense" if name.startswith("dense") else name,
+                        replace(full, context=context, budget=budget),
+                    )
+                )
             for subject in self.subjects:
                 self.tell(f"planning {subject.label} for {context:,} tokens")
                 case = policy_case(
@@ -104,7 +110,7 @@ class Bench(Track):
                 )  # fmt: skip
                 group.append(Entry("policy", subject.label, case))
             groups.append(group)
-        others = [name for name in against if name.startswith("hf-")]
+        others = [name for name in against if name.startswith("hf-") and not name.endswith(AT_BUDGET)]
         if others:
             full = full_cache(self.dense, context, self.shape, batch=batch, steps=options.steps, prompt=options.prompt)
             groups.append([Entry(name, name, full) for name in others])
