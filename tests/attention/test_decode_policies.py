@@ -17,40 +17,14 @@ from kvpolicy.plan import ModelGeometry, Plan, make_plan
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.testing.beside import Beside, memories
+from tests.attention.interpreting import quick_interpreter
 from tests.invariants.policies import NAMES, tight
 
 GEOMETRY = ModelGeometry("random", layers=1, query_heads=2, kv_heads=1, head_dim=8)
 SECOND_LEVEL = {"tova"}  # one set for a whole layer: its policy stays torch code
 
 
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice as fast: no second look at every product, and what a launch has replaced is not replaced in every call."""
-    from triton.runtime import interpreter
-
-    options = interpreter.interpreter_builder.options
-    monkeypatch.setitem(vars(options), "sanitize_overflow", False)
-    replace, replaced = interpreter._patch_lang, set()
-
-    class Scope:
-        """Of a launch; the calls within it are of functions that see one of two modules."""
-
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def restore(self) -> None:
-            replaced.clear()
-            self.inner.restore()
-
-    def replace_once(function: Any) -> Any:
-        seen = frozenset(name for name in ("tl", "core") if name in function.__globals__)
-        if seen in replaced:
-            return None
-        replaced.add(seen)
-        return Scope(replace(function))
-
-    monkeypatch.setattr(interpreter, "_patch_lang", replace_once)
-
+quick = pytest.fixture(autouse=True)(quick_interpreter)
 
 Draw = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 

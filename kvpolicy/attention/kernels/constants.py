@@ -65,8 +65,8 @@ def split_constants(splits: Splits, group: int, arrival: Arrival | None, work: W
         "SPAN": span,
         "BOXES": tuple(boxes),
         "BLOCK_U": BLOCK_UNITS,
-        "TOTAL": work.units if work is not None else 0,
-        "HEADS": work.heads if work is not None else "mean",
+        "TOTAL": work.units if work is not None and boxes else 0,
+        "HEADS": work.heads if work is not None and boxes else "mean",
     }
 
 

@@ -13,8 +13,8 @@ from kvpolicy.attention.kernels.launch import attend_launches, decode_launches
 
 
 def examples() -> Iterator[Example]:
-    """Both kernels for the shape of Llama-3.1-8B: one pool ranked by attention that is summed up under a window, and
-    pages of two pools ranked by their bounds."""
+    """Both kernels for the shape of Llama-3.1-8B: one pool ranked by attention that is summed up under a window, pages
+    of two pools ranked by their bounds, and one pool ranked by lot."""
     heavy = Work(
         ranked=(Ranked(0, 1, 2049, True),),
         own=0,
@@ -47,6 +47,8 @@ def examples() -> Iterator[Example]:
     )
     yield from _examples(Form(4, 8, 128, 2049, Arrival(0, 1, 2049, "zero"), heavy, (), ()))
     yield from _examples(Form(4, 8, 128, 2064, Arrival(1024, 16, 65, "clock"), pages, (), ()))
+    lot = replace(heavy, signal="random", memory=("none", 0.0), window=None, reads=())
+    yield from _examples(Form(4, 8, 128, 2049, Arrival(0, 1, 2049, seed=0), lot, (), ()))
     query, slots = torch.empty(1, 8, 4, 128, dtype=torch.bfloat16, device="meta"), (1, 8, 2048)
     keys = torch.empty(*slots, 128, dtype=torch.bfloat16, device="meta")
     position = torch.empty(slots, dtype=torch.int32, device="meta")
@@ -60,8 +62,11 @@ def _examples(form: Form) -> Iterator[Example]:
     numbers = ("position", "ring", "now", "ordinal_now", "ordinal", "work_ring", "work_ordinal")
     types = dict.fromkeys(whole, torch.int64) | dict.fromkeys(numbers, torch.int32)
     types |= dict.fromkeys(("keys", "values"), torch.bfloat16)
-    clocked = form.arrival.starts == "clock"
-    types |= dict.fromkeys(("memory", "entry_memory"), torch.int32 if clocked else torch.float32)
+    if form.arrival.starts:
+        kept = torch.int32 if form.arrival.starts == "clock" else torch.float32
+        types |= dict.fromkeys(("memory", "entry_memory"), kept)
+    if form.arrival.seed is not None:
+        types |= {"drawn": torch.float32, "work_drawn": torch.float32, "layer": torch.int64}
     if form.work is not None and form.work.signal == "page-bound":
         types |= dict.fromkeys(("high", "low", "high.0", "low.0", "high.1", "low.1"), torch.bfloat16)
     tensors = {role: torch.empty(1, dtype=dtype, device="meta") for role, dtype in types.items()}

@@ -130,8 +130,7 @@ def decode_launches(
     work, cells = form.work, query.shape[0] * form.kv_heads
     splits = Splits.of(cells, form.slots, form.head_dim, multiprocessors)
     shape, cut, join = form_constants(form, splits)
-    bounds = cut["TOTAL"] if cut["BOXES"] else 0
-    scratch = Scratch(cells, splits.count, form.group, form.head_dim, cut["SPAN"], bounds, query)
+    scratch = Scratch(cells, splits.count, form.group, form.head_dim, cut["SPAN"], cut["TOTAL"], query)
     output = query.new_empty(query.shape[0], 1, query.shape[1], form.head_dim)
     box_programs = sum(-(-units // BLOCK_UNITS) for _, units, _, _ in cut["BOXES"])
     first = Launch(
