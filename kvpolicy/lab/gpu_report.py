@@ -81,12 +81,14 @@ def outcomes(session: Session, jobs: Sequence[Job], clock: Clock) -> Iterator[Ou
             )  # fmt: skip
             continue
         tell(f"{job.name}, {clock.gone:.0f} s gone")
+        failed = ""
         try:
             yield from job.run(session)
-        except Exception as fault:  # whatever it is: a lent GPU is not lent again for the jobs behind it
-            reason = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0]}"
-            yield Outcome(job.name, None, None, note=f"failed: {reason}")
+        except Exception as fault:  # whatever it is, the jobs behind it may still tell something
+            failed = f"failed: {type(fault).__name__}: {(str(fault).splitlines() or [''])[0]}"
+        if failed:  # only here has the fault let go of the arms that were running
             session.track.forget()
+            yield Outcome(job.name, None, None, note=failed)
 
 
 @torch.no_grad()

@@ -104,6 +104,15 @@ def test_what_pytest_says_of_the_kernels(counts: str, right: bool | None, said: 
     assert found[0] is right and said in found[1]
 
 
+def test_kernel_tests_that_take_too_long_say_how_far_they_came() -> None:
+    assert checks._so_far(b"..s.\n...   [ 10%]\nbla", 9) == (
+        None,
+        "not finished after 9 s: 6 passed, 0 failed until then",
+    )
+    assert checks._so_far("..F.", 9)[0] is False
+    assert checks._so_far(b"", 9)[0] is None
+
+
 def test_without_a_checkout_kernel_tests_are_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "TESTS", tmp_path / "tests" / "attention")
     found = checks.kernel_tests(10)

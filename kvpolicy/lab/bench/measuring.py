@@ -91,7 +91,9 @@ class Bench(Track):
         groups = []
         for budget in options.budgets:
             group = []
-            for name in (name for name in against if name.endswith(AT_BUDGET) and budget is not None):
+            for name in (name for name in against if name.endswith(AT_BUDGET)):
+                if budget is None:
+                    continue
                 full = full_cache(
                     self.dense, budget, self.shape, batch=batch, steps=options.steps, prompt=options.prompt
                 )
@@ -142,6 +144,8 @@ class Bench(Track):
         rows = [row for group in [first, *groups[1:]] for row in self.race(group, where, dense)]
         if dense is not None:
             yield self.row(dense)
+            del dense
+        self.forget()
         yield from rows
 
 

@@ -105,13 +105,14 @@ class Track:
         )
         rows = list(self._rows(running, standing, start))
         del running
-        self.forget()
+        self.forget(compiled=standing is None)
         return rows
 
-    def forget(self) -> None:
-        """Give back what arms held that are gone."""
+    def forget(self, compiled: bool = True) -> None:
+        """Give back what arms held that are gone; compiled code as well, where no arm is left that runs it."""
         gc.collect()
-        torch._dynamo.reset()
+        if compiled:
+            torch._dynamo.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

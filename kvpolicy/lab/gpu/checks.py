@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,14 +55,26 @@ def kernel_tests(seconds: float) -> Check:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
                    f"--junitxml={report}", str(TESTS)]  # fmt: skip
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         try:
-            done = subprocess.run(command, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return check(None, f"not finished after {seconds:.0f} s")
+            done = subprocess.run(
+                command, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=seconds, env=environment
+            )
+        except subprocess.TimeoutExpired as late:
+            return check(*_so_far(late.stdout or b"", seconds))
         if not report.is_file():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["it said nothing"]
             return check(None, f"pytest did not run: {last[0]}")
         return check(*_read(report))
+
+
+def _so_far(output: bytes | str, seconds: float) -> tuple[bool | None, str]:
+    """What the marks say that pytest printed before its time was up."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output
+    marks = "".join(re.findall(r"(?m)^[.FEsx]+", text))
+    wrong = marks.count("F") + marks.count("E")
+    said = f"not finished after {seconds:.0f} s: {marks.count('.')} passed, {wrong} failed until then"
+    return (False if wrong else None), said
 
 
 def _read(report: Path) -> tuple[bool | None, str]:
