@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
 from kvpolicy.patching.caches import CacheBuilder, build_cache
 from kvpolicy.patching.changes import Journal
@@ -51,6 +52,8 @@ class Patch:
         """Undo every change, and free the cache that is kept for a next call."""
         self.journal.undo()
         self.shelf.clear()
+        if self.compiler is not None:
+            self.compiler.close()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -75,7 +78,8 @@ def apply(
     Args:
         policy: the name of a shipped policy, the path of a YAML file, or a loaded Policy.
         compile: run generated steps through torch.compile, one graph per kind of step and layer shape; a string names
-            the backend of torch.compile (inductor by default); None: on CUDA only.
+            the backend of torch.compile (inductor by default), or is "background": another process compiles while
+            tokens come eagerly, and steps are taken over when they are done; None: on CUDA only.
         backend: who computes attention in generated steps: "torch", "triton", or "auto", which is triton on a GPU
             where it can run.
         max_prompt, max_new_tokens: the most tokens of a row that any call of `generate` will bring. Caches are then
@@ -102,7 +106,7 @@ def apply(
     layers = decoder_layers(model, architecture)
     if wanted:
         check_forwards(layers)
-    compiler = StepCompiler(wanted if isinstance(wanted, str) else "inductor") if wanted else None
+    compiler = _compiler(wanted)
     previous = (base.config._attn_implementation or "eager").removeprefix(PREFIX)
     patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room)
     try:
@@ -170,6 +174,12 @@ def _resolve(policy: str | Path | Policy, params: dict[str, object]) -> Policy:
     if isinstance(policy, Policy):
         return policy.bind(**params) if params else policy
     return load_policy(policy, set=params)
+
+
+def _compiler(wanted: bool | str) -> StepCompiler | None:
+    if wanted == BACKGROUND:
+        return BackgroundCompiler()
+    return StepCompiler(wanted if isinstance(wanted, str) else "inductor") if wanted else None
 
 
 def _config_of(module: Any) -> PreTrainedConfig | None:

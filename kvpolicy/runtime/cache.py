@@ -71,6 +71,9 @@ class PolicyCache(Cache):
             for pool in layer.pools
             if pool.evicts and pool.cadence > 0
         }
+        every = any(cadence == 1 and stream is None for cadence, stream in self._cadences)
+        self.moment.plan = self.plan
+        self.moment.kinds = (UPDATE,) if every else (PLAIN, UPDATE) if self._cadences else (PLAIN,)
 
     def _forget(self) -> None:
         self.turn_columns = 0

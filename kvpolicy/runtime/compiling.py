@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan
+from kvpolicy.runtime.artefacts import artefacts_kept
 from kvpolicy.runtime.unchanged import Unchanged
 
 CAPTURE = "transformers.utils.output_capturing"
@@ -62,6 +63,16 @@ class StepCompiler:
         started = sum(step.graphs > 0 for step in self._steps.values())
         return CompileReport(graphs, sum(step.breaks for step in self._steps.values()), graphs - started)
 
+    settled = True
+    """Whether nothing that is now eager will be compiled later."""
+
+    def ready(self, layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor) -> bool:
+        """Whether this pass may be compiled: at once."""
+        return True
+
+    def close(self) -> None:
+        """The policy came off."""
+
     def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor) -> CompiledStep:
         """The compiled object for this layer and this pass.
 
@@ -71,6 +82,7 @@ class StepCompiler:
             type(layer),
             self._shape(kv_layer),
             kv_layer.moment.kind,
+            kv_layer.backend,
             layer.training,
             hidden_states.dtype,
             hidden_states.device,
@@ -138,7 +150,8 @@ class CompiledStep:
         self.graphs += 1
         if self.graphs > 1:
             raise RuntimeError(f"{self.name} compiled twice")
-        return self._backend(graph, inputs, **options)
+        with artefacts_kept():
+            return self._backend(graph, inputs, **options)
 
 
 def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:
@@ -197,7 +210,9 @@ class CompiledForward:
         kv_layer = kwargs.get("kv_layer")
         if kv_layer is None or kv_layer.moment.kind == "prompt":
             return type(self.layer).forward(self.layer, *args, **kwargs)
-        hidden_states = args[0] if args else kwargs.pop("hidden_states")
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if not self.compiler.ready(self.layer, kv_layer, hidden_states, kwargs["position_embeddings"][0]):
+            return type(self.layer).forward(self.layer, *args, **kwargs)
         rows = hidden_states.shape[0]
         step = self.compiler.step(self.layer, kv_layer, hidden_states)
         hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)

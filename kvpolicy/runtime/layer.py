@@ -20,7 +20,7 @@ from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_scores
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
-from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
+from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.evict import drop_all_at_once, drop_some, record_size
 from kvpolicy.runtime.fused import Fusion
@@ -39,6 +39,7 @@ class Moment:
 
     For prompt passes also the tokens' positions and their numbers within the turn [B, N], whether more of the turn is
     to come, whether the cache was empty and nothing is padded (``whole``), and whether it is the turn's first pass.
+    ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
     """
 
     kind: str | None = None
@@ -49,6 +50,8 @@ class Moment:
     whole: bool = False
     first: bool = False
     empty: bool = False
+    plan: Plan | None = None
+    kinds: tuple[str, ...] = ()
 
 
 class PolicyLayer(CacheLayerMixin):

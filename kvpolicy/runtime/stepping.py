@@ -7,7 +7,7 @@ each kind and replayed: the clocks, the model, and the choice of the next token 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_modules
 
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.choosing import Choice
-from kvpolicy.runtime.compiling import CAPTURE
+from kvpolicy.runtime.compiling import CAPTURE, CompiledForward
 from kvpolicy.runtime.recording import Recorder, Work, recorder_for
 
 KEPT_CHOICES = 4  # ways to choose tokens whose recorded steps are kept at once
@@ -46,8 +46,7 @@ class Stepper:
         self.model, self.cache = model, cache
         self.recorder = recorder or recorder_for(cache.device, capture)
         self.may_record = not is_watched(model)
-        self.settled: Callable[[], bool] = lambda: True
-        """Whether what is compiled is compiled: nothing is recorded before."""
+        self._compilers = {each.compiler for each in _forwards(model) if isinstance(each, CompiledForward)}
         rows, device = cache.plan.batch, cache.device
         with torch.inference_mode(False):
             self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -105,7 +104,7 @@ class Stepper:
         work = self._recordable(kind, choice, inputs)
         try:
             if self.may_record:
-                self.recorder.run(work, self.settled())
+                self.recorder.run(work, all(compiler.settled for compiler in self._compilers))
             else:
                 work()
         except BaseException:
@@ -153,9 +152,13 @@ def is_watched(model: nn.Module) -> bool:
         return True
     return any(
         any(not _is_known(hook) for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()))
-        or ("forward" in vars(module) and not _is_known(vars(module)["forward"]))
         for module in model.modules()
-    )
+    ) or any(not _is_known(forward) for forward in _forwards(model))
+
+
+def _forwards(model: nn.Module) -> Iterator[Any]:
+    """Forwards that were put in place of what a module's class says."""
+    return (vars(module)["forward"] for module in model.modules() if "forward" in vars(module))
 
 
 def _is_known(hook: Any) -> bool:
