@@ -160,7 +160,7 @@ def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:
     Calling it is what a call under dynamo comes to once the guards held. torch's own switch for that
     (``skip_guard_eval_unsafe``) holds for the whole process, other models and threads included; this does not.
     """
-    entries = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])(code)
+    entries: list[Any] = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])(code)
     if len(entries) != 1:
         return None
     return types.FunctionType(entries[0].code, decoder_step.__globals__)

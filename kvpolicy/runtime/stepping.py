@@ -55,7 +55,7 @@ class Stepper:
             self.alive = torch.ones((), dtype=torch.bool, device=device)
         self.logits: Tensor | None = None
         self._column = -1  # the column that `positions` stands at
-        self._work: dict[Hashable, Work] = {}
+        self._work: dict[tuple[str, Hashable], Work] = {}
         self._weights = _addresses(model)
 
     def fits(self, model: Any) -> bool:
