@@ -226,7 +226,7 @@ class StaticArm(TransformersArm):
                 f"compiled, it copies keys and values to all query heads over the whole length: (1 + 2·{group}) times "
                 "the traffic that is counted"
             )
-        config = self.model._default_compile_config() if self.device.type == "cuda" else CompileConfig(mode="default")
+        config = None if self.device.type == "cuda" else CompileConfig(mode="default")  # None: as generate does
         self.call = self.model.get_compiled_call(config) if compile else self.model
 
     def _cache(self) -> Cache:

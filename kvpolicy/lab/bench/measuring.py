@@ -85,42 +85,36 @@ class Bench(Track):
     # What runs beside what ------------------------------------------------------------------------------------------
 
     def groups(self, batch: int, context: int) -> list[list[Entry]]:
-        """Arms that take turns, by name, label and case: a group for every budget, and one for transformers' caches.
+        """What takes turns: a group for every budget, and one for transformers' caches of the context's length.
         ``dense`` comes first where it is asked for, and runs through all groups."""
-        options, against = self.options, self.options.against
-        groups = []
-        for budget in options.budgets:
-            group = []
-            for name in (name for name in against if name.endswith(AT_BUDGET)):
-                if budget is None:
-                    continue
-                full = full_cache(
-                    self.dense, budget, self.shape, batch=batch, steps=options.steps, prompt=options.prompt
-                )
-                group.append(
-                    Entry(
-                        name,
-                        "dense" if name.startswith("dense") else name,
-                        replace(full, context=context, budget=budget),
-                    )
-                )
-            for subject in self.subjects:
-                self.tell(f"planning {subject.label} for {context:,} tokens")
-                case = policy_case(
-                    subject.policy, subject.label, self.shape, context=context, budget=budget, batch=batch,
-                    steps=options.steps, prompt=options.prompt, given=subject.given,
-                )  # fmt: skip
-                group.append(Entry("policy", subject.label, case))
-            groups.append(group)
-        others = [name for name in against if name.startswith("hf-") and not name.endswith(AT_BUDGET)]
+        options = self.options
+        groups = [self._at_budget(batch, context, budget) for budget in options.budgets]
+        others = [name for name in options.against if name.startswith("hf-") and not name.endswith(AT_BUDGET)]
         if others:
-            full = full_cache(self.dense, context, self.shape, batch=batch, steps=options.steps, prompt=options.prompt)
+            full = self._full(context, batch, options.steps)
             groups.append([Entry(name, name, full) for name in others])
-        if "dense" in against:
-            steps = options.steps * len(groups)
-            full = full_cache(self.dense, context, self.shape, batch=batch, steps=steps, prompt=options.prompt)
-            groups[0].insert(0, Entry("dense", "dense", full))
+        if "dense" in options.against:
+            groups[0].insert(0, Entry("dense", "dense", self._full(context, batch, options.steps * len(groups))))
         return groups
+
+    def _at_budget(self, batch: int, context: int, budget: int | None) -> list[Entry]:
+        """The full caches as long as a budget that are asked for, and every policy."""
+        options, entries = self.options, []
+        for name in (name for name in options.against if name.endswith(AT_BUDGET)):
+            if budget is not None:
+                full = replace(self._full(budget, batch, options.steps), context=context, budget=budget)
+                entries.append(Entry(name, "dense" if name.startswith("dense") else name, full))
+        for subject in self.subjects:
+            self.tell(f"planning {subject.label} for {context:,} tokens")
+            case = policy_case(
+                subject.policy, subject.label, self.shape, context=context, budget=budget, batch=batch,
+                steps=options.steps, prompt=options.prompt, given=subject.given,
+            )  # fmt: skip
+            entries.append(Entry("policy", subject.label, case))
+        return entries
+
+    def _full(self, length: int, batch: int, steps: int) -> Case:
+        return full_cache(self.dense, length, self.shape, batch=batch, steps=steps, prompt=self.options.prompt)
 
     def _check_room(self, batch: int, context: int, groups: list[list[Entry]]) -> None:
         shared = [entry.case for entry in groups[0] if entry.name == "dense"]
