@@ -27,9 +27,3 @@ def available(device: torch.device | str) -> str | None:
     if kind == "cpu":
         return "a CPU runs triton's kernels in its interpreter alone (TRITON_INTERPRET=1 in the environment)"
     return f"no kernel was written for a device of type {kind}"
-
-
-if available("cpu") is None:
-    from kvpolicy.attention.kernels.interpreting import allow_loops_over_numbers
-
-    allow_loops_over_numbers()

@@ -9,6 +9,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from kvpolicy.attention.kernels.interpreting import allow_loops_over_numbers
+
+allow_loops_over_numbers()
+
 # Products of float32: three of tf32 on tensor cores, to float32's precision but for the last bit or two. The other
 # exact way, plain multiplications, spills registers by the kilobyte. Other types know no difference.
 PRECISION = tl.constexpr("tf32x3")
