@@ -31,13 +31,13 @@ def slots(
     return query, keys, values, position.to(device)
 
 
-def compare(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
+def compare(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, tolerance: float | None = None) -> None:
     scaling = query.shape[-1] ** -0.5
     out, logits = attend_slots(query, keys, values, position, scaling, True)
     clean = (tensor.float().nan_to_num(0.0) for tensor in (query, keys, values))
     wanted, wanted_logits, _ = expected_attention(*clean, position < 0, scaling)
     resident = (position >= 0).any(-1)[..., None, None]
-    tolerance = TOLERANCE[query.dtype]
+    tolerance = tolerance or TOLERANCE[query.dtype]
     torch.testing.assert_close(out.float(), torch.where(resident, wanted, 0.0), atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(logits, wanted_logits, atol=1e-5, rtol=1e-5)
 
@@ -78,7 +78,7 @@ def test_splits_without_any_resident_and_empty_rows(device: torch.device) -> Non
 
 def test_logits_too_large_for_a_naive_softmax(device: torch.device) -> None:
     query, keys, values, position = slots((1, 1, 2, 130, 16), device)
-    compare(query * 100, keys, values, position)
+    compare(query * 100, keys, values, position, tolerance=1e-3)  # what float32 knows of a logit of some hundreds
 
 
 def test_nobody_pays_for_logits_that_nobody_wants(device: torch.device) -> None:
