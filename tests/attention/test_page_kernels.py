@@ -129,3 +129,15 @@ def test_the_operation_is_well_formed(interpreted, device, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     for name in ("one page", "pages of one slot"):
         torch.library.opcheck(torch.ops.kvpolicy.attend_pages.default, CASES[name].tensors(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+def test_pages_of_a_long_text(rows, device):
+    """128 pages of 16 out of 32k tokens, at the shape of an 8B model."""
+    case = Case(rows, 8, 4, 16, 2048, 128, 128, dtype=torch.bfloat16)
+    query, keys, values, *rest = case.tensors(device)
+    out, log_sum = library.attend_pages(query, keys, values, *rest)
+    wanted, wanted_sum = paged.attend_pages(query.float(), keys.float(), values.float(), *rest)
+    close(out, wanted, case.dtype)
+    torch.testing.assert_close(log_sum, wanted_sum, rtol=1e-4, atol=1e-4)

@@ -180,3 +180,33 @@ def test_a_compiled_function_keeps_the_operation(device):
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), doubled(*tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4096, 32_768])
+def test_a_long_prompt_makes_no_map(tokens, device):
+    """At the shape of an 8B model; the map of 32k tokens would take 128 GiB."""
+    generator = torch.Generator(device).manual_seed(0)
+    query = torch.randn(1, 32, tokens, 128, generator=generator, device=device, dtype=torch.bfloat16)
+    keys = torch.randn(1, 8, tokens, 128, generator=generator, device=device, dtype=torch.bfloat16)
+    position = torch.arange(tokens, device=device)[None]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = library.prompt_scores(query, keys, position, position[None].expand(1, 8, -1), 0.088, "attention", "each")
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    torch.testing.assert_close(found.sum(-1), torch.full((1, 8, 4), float(tokens), device=device), rtol=1e-4, atol=0)
+    tail = slice(tokens - 64, None)
+    newest = library.prompt_scores(
+        query[:, :, tail], keys, position[:, tail], position[None].expand(1, 8, -1), 0.088, "attention", "each"
+    )
+    earlier = library.prompt_scores(
+        query[:, :, : tokens - 64],
+        keys,
+        position[:, : tokens - 64],
+        position[None].expand(1, 8, -1),
+        0.088,
+        "attention",
+        "each",
+    )
+    torch.testing.assert_close(earlier + newest, found, rtol=1e-4, atol=1e-5)

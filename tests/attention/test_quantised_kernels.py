@@ -166,3 +166,16 @@ def test_the_operation_is_well_formed(interpreted, device, monkeypatch):
     parts = ([each.codes, each.scale, each.zero] for each in (keys, values))
     arguments = (query, *parts, position, keys.bits, keys.group, keys.by, values.by, 0.25)
     torch.library.opcheck(torch.ops.kvpolicy.attend_quantised.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "stored"), [(4, torch.float16), (8, torch.float16), (8, torch.bfloat16)])
+def test_a_long_text(bits, stored, device):
+    """8k slots at the shape of an 8B model, KIVI's way."""
+    case = Case(2, 8, 4, 8192, 128, bits, 64, dtype=torch.bfloat16, stored=stored, resident=5000)
+    query, keys, values, position = case.tensors(device)
+    out, log_sum = operate(query, keys, values, position, 0.088)
+    opened = (quantised.dequantise(each, case.dtype).float() for each in (keys, values))
+    wanted, wanted_sum = attend_part(query.float(), *opened, position < 0, 0.088)
+    torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2 * max(1, wanted.abs().max().item()))
+    torch.testing.assert_close(log_sum, wanted_sum, rtol=1e-4, atol=1e-4)
