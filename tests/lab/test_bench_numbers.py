@@ -211,8 +211,8 @@ def test_a_loss_has_a_reason(changes: dict[str, object], reference: str, said: s
 def test_only_losses_of_policies_are_told() -> None:
     losing = row(ratios={"dense": 0.9, "hf-static": 1.2}, ideal={"dense": 1.0, "hf-static": 1.0})
     other = replace(losing, arm="hf-dynamic", label="hf-dynamic")
-    assert [line.partition(":")[0] for line in report(losing, other).losses()] == [
-        "h2o, budget 1,024 of 4,096, batch 2 runs at 0.90× of dense"
+    assert [line.partition(";")[0] for line in report(losing, other).losses()] == [
+        "h2o, budget 1,024 of 4,096, batch 2: 0.90× of dense"
     ]
 
 

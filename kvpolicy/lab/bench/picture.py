@@ -89,10 +89,13 @@ def _capacities(axes: Axes, rows: Sequence[Capacity], colours: dict[str, Any]) -
 
 def _growths(axes: Axes, rows: Sequence[Growth], colours: dict[str, Any]) -> None:
     values = [row.ratio for row in rows]
-    _bars(axes, [row.label for row in rows], [f"budget {_k(row.budget)}" for row in rows], values, colours)
+    where = ["full cache" if row.budget is None else f"budget {_k(row.budget)}" for row in rows]
+    _bars(axes, [row.label for row in rows], where, values, colours)
     axes.set_xlim(0, 1.12 * max(1.0, *values))
     early, late = rows[0].seen
-    axes.set_title(f"a step after {late:,} tokens costs so many of one after {early:,}", fontsize=10, loc="left")
+    axes.set_title(
+        f"a step after {late:,} tokens takes this many times as long as one after {early:,}", fontsize=10, loc="left"
+    )
 
 
 def _bars(

@@ -156,10 +156,11 @@ class Report:
 
     def losses(self) -> Iterator[str]:
         """A sentence for each row in which a policy is slower than something it is held against, with the reason."""
-        for row in self.rows:
-            for reference, ratio in row.ratios.items():
-                if row.is_policy and ratio < 1:
-                    yield f"{name_of(row)} runs at {ratio:.2f}× of {reference}: {reason(row, reference)}"
+        for row in (row for row in self.rows if row.is_policy):
+            lost = {name: ratio for name, ratio in row.ratios.items() if ratio < 1}
+            if lost:
+                told = ", ".join(f"{ratio:.2f}× of {name}" for name, ratio in lost.items())
+                yield f"{name_of(row)}: {told}; {reason(row, next(iter(lost)))}"
         for capacity in self.capacities:
             if capacity.times_dense is not None and capacity.times_dense < 1:
                 yield (
@@ -178,7 +179,7 @@ def reason(row: Row, reference: str) -> str:
     """Why a policy does not win against a reference."""
     ideal, overhead = row.ideal.get(reference, 1.0), row.ratios.get("dense-at-budget", row.ratios.get("dense", 1.0))
     if reference == "dense-at-budget":
-        why = "pure overhead, there is nothing to win against a full cache of its own size"
+        why = "pure overhead: against a full cache of its own size there is nothing to win"
     elif ideal < NOTHING_TO_WIN:
         why = f"nothing to win at this length, where it reads {1 / ideal:.0%} of the bytes"
     elif overhead < OVERHEAD:
@@ -186,6 +187,6 @@ def reason(row: Row, reference: str) -> str:
     else:
         why = f"bytes would give {ideal:.2f}×"
     if row.roofline < LAUNCH_BOUND:
-        waits = "launches and arithmetic" if row.compiled else "launches and Python, as nothing is compiled"
-        why += f"; a step uses {row.roofline:.0%} of the bandwidth: it waits for {waits}"
+        waits = "launches and arithmetic" if row.compiled else "launches and Python, since nothing is compiled"
+        why += f"; at {row.roofline:.0%} of the bandwidth it waits for {waits}"
     return why
