@@ -68,23 +68,34 @@ MUTANTS = (
     ),
     Mutant(
         "the same for prompt scores",
-        A + "torch_backend",
-        '"b (k g) n d -> b k g n d"',
-        '"b (g k) n d -> b k g n d"',
+        A + "torch_prompt",
+        '"b (k g) n d -> (b k) g n d"',
+        '"b (g k) n d -> (b k) g n d"',
     ),
     Mutant(
         "a prompt's queries do not score themselves",
-        A + "torch_backend",
-        "(key_position[:, :, None, None] <= position)",
-        "(key_position[:, :, None, None] < position)",
+        A + "torch_prompt",
+        "(placed[..., :seen] > position[:, tile])",
+        "(placed[..., :seen] >= position[:, tile])",
     ),
     Mutant(
         "a tile of prompt scores repeats the last query of the one before it",
-        A + "torch_backend",
-        'logits = torch.einsum("bkgnd,bksd->bkgns", grouped[:, :, :, rows], keys).float()\n',
-        "rows = slice(max(0, rows.start - 1), rows.stop)\n"
-        "        position = query_position[:, None, None, rows, None]\n"
-        '        logits = torch.einsum("bkgnd,bksd->bkgns", grouped[:, :, :, rows], keys).float()\n',
+        A + "torch_prompt",
+        "seen = min(tile.stop, slots) if in_order else slots\n",
+        "tile = slice(max(0, tile.start - 1), tile.stop)\n"
+        "            seen = min(tile.stop, slots) if in_order else slots\n",
+    ),
+    Mutant(
+        "a prompt's queries do not see themselves where no mask is needed",
+        A + "torch_prompt",
+        'float("-inf"), device=query.device).triu(1)',
+        'float("-inf"), device=query.device).triu(0)',
+    ),
+    Mutant(
+        "of a padded prompt only the slots before a tile are seen",
+        A + "torch_prompt",
+        "seen = min(tile.stop, slots) if in_order else slots\n",
+        "seen = min(tile.start + 1, slots) if in_order else slots\n",
     ),
     Mutant(
         "a generated token does not see the first one where scores are read",
