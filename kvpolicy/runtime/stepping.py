@@ -136,14 +136,15 @@ class Stepper:
             **inputs,
         )
         newest = outputs.logits[:, -1]
+        self.positions += 1
+        if choice is not None:
+            self.tokens.copy_(choice.next(newest, self.unfinished)[:, None])
+            self.alive.copy_(self.unfinished.any())
+            return
         if self.logits is None:
             with torch.inference_mode(False):
                 self.logits = torch.empty(newest.shape, dtype=newest.dtype, device=newest.device)
         self.logits.copy_(newest)
-        self.positions += 1
-        if choice is not None:
-            self.tokens.copy_(choice.next(self.logits, self.unfinished)[:, None])
-            self.alive.copy_(self.unfinished.any())
 
 
 def is_watched(model: nn.Module) -> bool:

@@ -56,11 +56,12 @@ def test_what_adds_no_graph(model, policies, padded, prompt, greedy, name):
     assert compile_report(model) == CompileReport(graphs=graphs)
 
 
-def test_a_policy_without_room_for_like_prompts_plans_for_this_one(model, prompt, greedy):
-    """raas refuses prompts beyond its total, though not this one; a cache made by hand is as long as it was asked."""
+def test_like_prompts_are_planned_alike_as_far_as_the_policy_has_room(model, prompt, greedy):
+    """raas refuses prompts beyond its total; a cache made by hand is as long as it was asked."""
     apply(model, "raas", budget=64, page_size=8, compile="eager")
     output = model.generate(prompt, return_dict_in_generate=True, **greedy)
-    assert output.past_key_values.plan.prompt == (17, 17)
+    low, high = output.past_key_values.plan.prompt
+    assert low == 1 and 17 < high < 64
     remove(model)
     apply(model, "dense", compile="eager")
     output = model.generate(prompt, return_dict_in_generate=True, **greedy)
