@@ -78,8 +78,10 @@ class CudaRecorder:
     def _capture(self, function: Work) -> Any:
         """Record without running. Where that is impossible, say so once, and run as before."""
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # A capture that fails leaves its stream the current one: the context around it puts ours back.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 function()
         except RuntimeError as error:
             self._refused = True
