@@ -102,6 +102,22 @@ def test_full_caches_are_filled_to_the_last_slot(model: Any) -> None:
         assert torch.isfinite(arm.stepper.logits).all()  # type: ignore[attr-defined]
 
 
+def test_graphs_of_other_arms_are_not_counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts for the whole process: what is compiled between two steps of an arm is none of its graphs."""
+    counts = iter([(5, 0), (6, 0), (9, 1), (9, 1), (12, 1), (13, 1)])
+    monkeypatch.setattr("kvpolicy.lab.bench.arms.graphs_compiled", lambda: next(counts))
+    case = full_cache(load_policy("dense"), 60, Bench(model, [], OPTIONS).shape, batch=1, steps=4)
+    arm = make_arm("hf-static", case, model, compile=False, backend="auto")
+    with torch.no_grad():
+        arm.build()
+        arm.read()
+        arm.step()
+        arm.step()
+        assert arm.graphs() == {"graphs": 1, "graph_breaks": 0, "recompiles": 0}
+        arm.step()
+    assert arm.graphs() == {"graphs": 2, "graph_breaks": 0, "recompiles": 1}
+
+
 def test_a_policy_that_evicts_nothing_is_refused(model: Any) -> None:
     """RaaS drops a page of 16 every 16 steps, and one step is too few."""
     options = Options([256], [64], steps=1, rounds=1, launches=False, against=())
