@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor
 
 MASK_NUMBERS = 1 << 24  # in the mask of a tile of queries
-# Numbers in a tile of scores, and at most so many queries. On a CPU a tile must stay in the processor's cache, and half
-# of what it computes on the diagonal is hidden; elsewhere few launches matter more.
-TILES = {"cpu": (5 << 18, 32)}
+# Numbers in a tile of scores, and at most so many queries. On a CPU each thread's share of a tile must stay in its
+# cache, and half of what is computed on the diagonal is hidden; elsewhere few launches matter more.
+TILES_PER_THREAD = {"cpu": (5 << 18, 32)}
 TILES_ELSEWHERE = (1 << 24, 1024)
 
 Reduce = Callable[[Tensor, slice], Tensor]
@@ -126,7 +126,7 @@ def _score_tiles(
     grouped = rearrange(query * scaling, "b (k g) n d -> (b k) g n d", k=heads)
     transposed = rearrange(keys, "b k s d -> (b k) d s").contiguous()
     group, columns = grouped.shape[1:3]
-    numbers, widest = TILES.get(query.device.type, TILES_ELSEWHERE)
+    numbers, widest = _tile_size(query.device)
     width = min(columns, widest, max(16, numbers // max(1, group * slots) // 16 * 16))
     together = min(rows * heads, max(1, numbers // max(1, group * slots * width)))
     room = grouped.new_empty(together * group * width * slots)  # one for all tiles: fresh memory costs its first touch
@@ -147,6 +147,13 @@ def _score_tiles(
                 hidden = (placed[..., :seen] < 0) | (placed[..., :seen] > position[:, tile])
                 logits.masked_fill_(hidden[:, None], float("-inf"))
             yield some, tile, logits
+
+
+def _tile_size(device: torch.device) -> tuple[int, int]:
+    if device.type not in TILES_PER_THREAD:
+        return TILES_ELSEWHERE
+    numbers, widest = TILES_PER_THREAD[device.type]
+    return numbers * torch.get_num_threads(), widest * torch.get_num_threads()
 
 
 def _slices(count: int, width: int) -> Iterator[slice]:
