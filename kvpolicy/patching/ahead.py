@@ -61,13 +61,14 @@ class Job:
         with torch.inference_mode(False):
             cache = PolicyCache(self.plan, device=self.device, backend=self.backend)
         hidden = torch.zeros(self.hidden[0], dtype=self.hidden[1], device=self.device)
-        angle = torch.zeros(self.rotation[0], dtype=self.rotation[1], device=self.device)
+        # Two tensors and not one twice: torch would compile for that.
+        angles = tuple(torch.zeros(self.rotation[0], dtype=self.rotation[1], device=self.device) for _ in range(2))
         forward = CompiledForward(layer, StepCompiler(self.compiler))
         with torch.inference_mode() if self.inference else torch.no_grad():
             for kind in self.kinds:
                 cache.moment.kind = kind
                 cache.clocks.advance()
-                forward(hidden, position_embeddings=(angle, angle), kv_layer=cache.layers[0])
+                forward(hidden, position_embeddings=angles, kv_layer=cache.layers[0])
 
 
 class BackgroundCompiler(StepCompiler):
