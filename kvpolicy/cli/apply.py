@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +73,9 @@ def run(
     output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device)))}[/]")
     write = writer(json)
     with asked_to_stop() as stop:
-        outcome = run_policy(loaded, tokenizer, model, policy, request, write=write, stop=stop)
+        outcome = run_policy(
+            loaded, tokenizer, model, policy, request, write=write, stop=stop, tell=partial(progress, json)
+        )
     write("\n")
     if save is not None:
         with applied(loaded, policy):
@@ -142,10 +145,18 @@ def _check_folder(save: Path | None) -> None:
         raise UsageError(f"cannot save to {save}: {error.strerror}") from None
 
 
+def progress(json: bool, line: str) -> None:
+    """A remark in the middle of the text, on a line of its own."""
+    if not json and sys.stdout.isatty() and not output.is_quiet():
+        print(file=sys.stderr)
+    output.note(f"[dim]{escape(line)}[/]")
+
+
 def introduction(policy: Policy, model: str, request: Request, device: str) -> str:
     """What is about to run, and whether it is compiled and why."""
     compiled, why = request.compiles(device)
-    how = f"compiled ({why}), so the first steps take a while" if compiled else f"not compiled ({why})"
+    waits = "so the first steps take a while" if compiled is True else "and tokens come eagerly until then"
+    how = f"compiled ({why}), {waits}" if compiled else f"not compiled ({why})"
     return f"{policy.name} under {model} on {device}, {how}"
 
 
@@ -218,7 +229,9 @@ def account(outcome: Outcome) -> Iterator[tuple[str, str]]:
     if len(outcome.residents) > 1:
         yield "over time", f"{strip([tokens for _, tokens in outcome.residents])}"
     yield "speed", f"{outcome.tokens_per_second:.1f} tokens/s, after {outcome.prompt_seconds:.1f} s for the prompt"
-    if outcome.compile:
+    if outcome.compile and not outcome.graphs:
+        yield "compiled", f"{outcome.compile_reason}: not before the text ended, so every step ran eagerly"
+    elif outcome.compile:
         done = f"{outcome.graphs} graphs, {outcome.graph_breaks} graph breaks, {outcome.recompiles} recompiles"
         yield "compiled", f"{outcome.compile_reason}: {done}, in {outcome.compile_seconds:.0f} s"
     else:

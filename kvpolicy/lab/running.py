@@ -20,30 +20,32 @@ from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab.fidelity import Referee
 from kvpolicy.lab.watching import StopWhen, Watch, Write
 from kvpolicy.language import Policy
-from kvpolicy.patching import applied, cache_for, compile_report
+from kvpolicy.patching import applied, cache_for, compile_report, patch_of
+from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.plan import ModelGeometry, Plan, make_plan
-from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime import DecodeLoop, PolicyCache
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. ``compile`` None: on CUDA only. ``temperature`` 0: greedy. ``top_p`` needs a temperature."""
+    """What to run. ``compile`` as ``kvpolicy.apply`` takes it, None: on CUDA only, while tokens already come.
+    ``temperature`` 0: greedy. ``top_p`` needs a temperature."""
 
     prompt: str
     max_new_tokens: int = 256
-    compile: bool | None = None
+    compile: bool | str | None = None
     chat: bool | None = None
     temperature: float = 0.0
     top_p: float | None = None
     seed: int = 0
     compare_dense: bool = False
 
-    def compiles(self, device: str) -> tuple[bool, str]:
-        """Whether steps are compiled on this device, and why."""
+    def compiles(self, device: str) -> tuple[bool | str, str]:
+        """Whether steps are compiled on this device, or in which way, and why."""
         if self.compile is not None:
             return self.compile, "as asked"
         if device.startswith("cuda"):
-            return True, "as on every GPU; --no-compile runs eagerly"
+            return BACKGROUND, "in another process, as on every GPU; --compile waits for it, --no-compile does without"
         return False, "on a CPU that takes half a minute, more than a short text gains; --compile forces it"
 
 
@@ -125,6 +127,7 @@ def run_policy(
     *,
     write: Write = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Generate under a policy and account for it. The model is as before afterwards.
 
@@ -132,6 +135,7 @@ def run_policy(
         name: what the model is called in the outcome.
         write: gets the text piece by piece.
         stop: asked after every token; True ends the text there.
+        tell: gets a line when another process begins to compile, and one when it is done.
 
     Raises:
         UsageError, ModelError: the run cannot be made; nothing was generated.
@@ -142,6 +146,9 @@ def run_policy(
     options = sampling(request, tokenizer)
     torch.manual_seed(request.seed)
     with applied(model, policy, compile=compiled):
+        compiler = patch_of(model).compiler
+        if isinstance(compiler, BackgroundCompiler):
+            compiler.notify = tell
         cache = cache_for(model, prompt=ids.shape[1], max_new_tokens=request.max_new_tokens)
         referee = Referee(model, ids) if request.compare_dense else None
         with referee or nullcontext():
@@ -157,7 +164,7 @@ def run_policy(
                 attention_mask=torch.ones_like(ids),
                 past_key_values=cache,
                 max_new_tokens=request.max_new_tokens,
-                streamer=watch,
+                custom_generate=DecodeLoop(check_every=1, streamer=watch),
                 stopping_criteria=[StopWhen(stop)],
                 **options,
             )
@@ -180,7 +187,7 @@ def run_policy(
         tokens_per_second=watch.tokens_per_second,
         prompt_seconds=watch.prompt_seconds,
         compile_seconds=watch.compile_seconds,
-        compile=compiled,
+        compile=bool(compiled),
         compile_reason=reason,
         **vars(report),
         **counts(plan, cache, watch.residents.pools()),

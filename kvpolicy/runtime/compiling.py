@@ -163,7 +163,8 @@ def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:
     entries: list[Any] = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])(code)
     if len(entries) != 1:
         return None
-    return types.FunctionType(entries[0].code, decoder_step.__globals__)
+    # Names of its own: `torch._dynamo.reset` takes the compiled function out of the module's.
+    return types.FunctionType(entries[0].code, dict(decoder_step.__globals__))
 
 
 def decoder_step(layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -134,6 +134,13 @@ def test_a_lawful_change_between_steps_is_seen(model, policies, prompt, greedy, 
     assert not torch.equal(before, after)
 
 
+def test_steps_survive_a_reset_of_the_compiler(model, policies, prompt, greedy):
+    apply(model, policies["window"], compile="eager")
+    expected = model.generate(prompt, **greedy)
+    torch._dynamo.reset()
+    assert torch.equal(model.generate(prompt, **greedy), expected)
+
+
 def add_hook(layer: nn.Module) -> None:
     layer.mlp.register_forward_hook(lambda module, inputs, output: output * 2)
 
