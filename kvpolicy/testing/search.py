@@ -52,7 +52,7 @@ def agree(policy: str, text: Mapping[str, Any], *, compiled: bool = False) -> Ag
         hear(OracleAlone(plan), loaded, said)
         return Agreed(refused=missing)
     feed = RuntimeBeside(plan, compiled=compiled)
-    small = {"MASK_NUMBERS": 1, "TILES_PER_THREAD": {}, "TILES_ELSEWHERE": (1, 16)}
+    small: dict[str, Any] = {"MASK_NUMBERS": 1, "TILES_PER_THREAD": {}, "TILES_ELSEWHERE": (1, 16)}
     with patch.multiple("kvpolicy.attention.torch_prompt", **small):  # so that a prompt of 17 tokens takes two tiles
         hear(feed, loaded, said)
     agreement, stats = feed.beside.agreement, feed.beside.cache.stats()
