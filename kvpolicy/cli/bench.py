@@ -111,7 +111,9 @@ def run(
     compare: Annotated[
         Path | None, typer.Option("--compare", metavar="FILE", help="Hold ratios against a saved report.")
     ] = None,
-    max_regress: Annotated[str, typer.Option("--max-regress", help="How far a ratio may fall.")] = "5%",
+    max_regress: Annotated[
+        str | None, typer.Option("--max-regress", help="How far a ratio of --compare may fall; 5% by default.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a PNG; needs matplotlib.")] = None,
     json: Json = False,
 ) -> None:
@@ -120,7 +122,9 @@ def run(
         raise UsageError(
             f"--model and {'--shape' if shape else '--layers'} do not go together: --layers cuts a --shape"
         )
-    files = Files(save, compare, plot, share(max_regress))
+    if max_regress is not None and compare is None:
+        raise UsageError("--max-regress bounds how far ratios fall below a saved report; give one with --compare")
+    files = Files(save, compare, plot, share(max_regress or "5%"))
     _check_files(files)
     extra = Extra(None if memory is None else size(memory), throughput, None if seen is None else _pair(seen))
     asked: dict[str, Any] = {
