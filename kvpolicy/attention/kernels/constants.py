@@ -9,8 +9,8 @@ from typing import Any
 import triton
 
 from kvpolicy.attention.kernels.form import Arrival, Form, Work
-from kvpolicy.attention.kernels.launching import power_of_2
 from kvpolicy.attention.kernels.quantities import count_function, share_function
+from kvpolicy.attention.kernels.tiles import power_of_2
 
 BLOCK_UNITS = 64  # pages whose bounds one program computes
 LONGEST_SPLIT = 8192  # slots: a program looks at all positions of its split at once

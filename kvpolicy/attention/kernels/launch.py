@@ -22,8 +22,8 @@ from kvpolicy.attention.kernels.constants import (
 from kvpolicy.attention.kernels.decode import split
 from kvpolicy.attention.kernels.examples import Example
 from kvpolicy.attention.kernels.form import Form
-from kvpolicy.attention.kernels.launching import dot_dtype
 from kvpolicy.attention.kernels.policy import combine
+from kvpolicy.attention.kernels.tiles import dot_dtype
 
 INTERPRETED_PROCESSORS = 4
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvpolicy.attention.kernels import parts
 from kvpolicy.attention.kernels.examples import Example
-from kvpolicy.attention.kernels.launching import PRECISION, dot_dtype, power_of_2, tile_side
 from kvpolicy.attention.kernels.parts import LOG2E, fold_logits, load_query, store_mixed, store_sums
+from kvpolicy.attention.kernels.tiles import PRECISION, dot_dtype, power_of_2, tile_side
 
 
 @triton.jit

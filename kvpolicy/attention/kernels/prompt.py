@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy.attention.kernels.examples import Example
-from kvpolicy.attention.kernels.launching import PRECISION, dot_dtype, power_of_2, tile_side
+from kvpolicy.attention.kernels.tiles import PRECISION, dot_dtype, power_of_2, tile_side
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
