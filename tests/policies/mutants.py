@@ -46,6 +46,8 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
     page = answers.get("page", 1)
     if "page" in answers:
         yield "no page", without(answers, "page")
+    if "read" in answers:
+        yield from ((f"read {what}", {**answers, "read": read}) for what, read in readings(answers["read"], page))
     if "budget" not in answers:
         yield "a budget", {**answers, "budget": f"2 * {page}"}
         return
@@ -54,7 +56,7 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
     for what, change in {"+": "+ 1", "-": "- 1", "none": "* 0"}.items():
         if "window" in answers:
             yield f"window {what}", {**answers, "window": f"({answers['window']}) {change}"}
-        if "pinned" in answers:
+        if "first" in answers.get("pinned", ()):
             yield f"first {what}", {**answers, "pinned": {"first": f"({answers['pinned']['first']}) {change}"}}
     update = answers.get("update", {"every": 1})
     if isinstance(update, dict):
@@ -69,13 +71,21 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
             yield "one set per layer", {**answers, "evict": {"scope": "layer"}}
 
 
+def readings(read: Answers, page: int | str) -> Iterator[tuple[str, Answers | str]]:
+    """A reading of everything, of a page more or less, or by another ranking."""
+    yield "all", "all"
+    for what, change in {"+": f"+ {page}", "-": f"- {page}"}.items():
+        yield what, {**read, "top": f"({read['top']}) {change}"}
+    yield from ((f"by {what}", {**read, "scorer": scorer}) for what, scorer in scorers(read["scorer"]))
+
+
 def scorers(scorer: Answers) -> Iterator[tuple[str, Answers]]:
     """A scorer, turned around, deaf, or with a stage left out."""
     yield "lowest for highest", {**scorer, "weight": -1}
     yield "recency for the signal", {**scorer, "signal": "recency"}
     for key in sorted(scorer.keys() - {"signal", "hit"}):
         yield f"scorer without {key}", without(scorer, key)
-    if "hit" in scorer:
+    if "top" in scorer.get("hit", ()):
         yield "nobody hit", {**scorer, "hit": {"top": f"0 * ({scorer['hit']['top']})"}}
 
 
