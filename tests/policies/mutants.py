@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,15 +29,14 @@ def mutants(policy: Policy) -> dict[str, Policy]:
             if isinstance(arguments, dict)
         ):
             test["attention"]["layers"] = 1
-    found = {}
+    others = {"no overrides": without(document, "overrides")} if "overrides" in document else {}
     for name, answers in document["pools"].items():
         for what, changed in changes(answers):
-            other = copy.deepcopy(document)
-            other["pools"][name] = changed
-            try:
-                found[f"{name}: {what}"] = loads_policy(yaml.safe_dump(other, sort_keys=False))
-            except PolicyError:
-                continue
+            others[f"{name}: {what}"] = {**document, "pools": {**document["pools"], name: changed}}
+    found = {}
+    for what, other in others.items():
+        with contextlib.suppress(PolicyError):
+            found[what] = loads_policy(yaml.safe_dump(other, sort_keys=False))
     return found
 
 
