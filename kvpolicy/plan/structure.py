@@ -157,6 +157,12 @@ class LayerPlan:
     buffers: tuple[Buffer, ...] = ()
 
     @property
+    def window_queries(self) -> int:
+        """w: the most newest queries that a scorer of ``queries: {last: w}`` averages over; 0 where there is none."""
+        leaves = (leaf for pool in self.pools if pool.evicts for leaf in pool.scorer.leaves())
+        return max((leaf.queries for leaf in leaves if isinstance(leaf.queries, int)), default=0)
+
+    @property
     def slots(self) -> int:
         """S: token slots allocated per row and KV head."""
         return sum(pool.capacity for pool in self.pools)

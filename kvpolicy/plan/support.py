@@ -57,9 +57,5 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
 
 
 def _leaf(leaf: ScorerPlan) -> Iterator[str]:
-    if leaf.queries not in ("current", "all"):
-        yield "queries {last: …}"
     if leaf.signal not in SIGNALS and definition(leaf.signal).torch is None:
         yield f"signal {leaf.signal}, which {origin(leaf.signal)} gives no torch recipe"
-    if leaf.signal == "key-similarity":
-        yield "signal key-similarity"

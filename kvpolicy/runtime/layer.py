@@ -15,20 +15,20 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots, prompt_scores
+from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots, newest_queries, prompt_scores
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_scores
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
-from kvpolicy.runtime.evict import drop_all_at_once, drop_some, record_size
+from kvpolicy.runtime.evict import drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
-from kvpolicy.runtime.packing import pack
+from kvpolicy.runtime.packing import outlives_slots, pack
 from kvpolicy.runtime.pool import PoolPolicy, readings
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.turn import Turn
-from kvpolicy.scorers.sight import EveryQuery, NewestQuery, Sight, sums_probabilities
+from kvpolicy.scorers.sight import EveryQuery, LastQueries, NewestQuery, Sight, sums_probabilities
 
 PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 
@@ -106,7 +106,7 @@ class PolicyLayer(CacheLayerMixin):
         self._adopt(plan)
         pack(old, self.state, self.clocks)
         for name, tensor in old.tensors.items():
-            if name.endswith(".peak"):
+            if outlives_slots(name):
                 self.state.tensors[name].copy_(tensor)
 
     def pool_peak(self, pool: PoolPlan) -> Tensor:
@@ -158,9 +158,11 @@ class PolicyLayer(CacheLayerMixin):
     # One generated token a row ------------------------------------------------------------------------------------
 
     def _token(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, kind: str) -> Tensor:
+        state = self.state
+        if "queries" in state.tensors:
+            self._remember_query(query)
         if self.fused is not None:
             return self.fused(query, key, value, scaling, kind == UPDATE)
-        state = self.state
         self._admit(key, value)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         sight = NewestQuery(state, scaling, {}, grouped)
@@ -178,6 +180,13 @@ class PolicyLayer(CacheLayerMixin):
             out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible, scale=scaling)
         self._learn_and_drop(sight, kind == UPDATE)
         return rearrange(out, "b k g d -> b 1 (k g) d")
+
+    def _remember_query(self, query: Tensor) -> None:
+        """Put the newest query [B, Q, 1, D] over the oldest of the window."""
+        queries, position = self.state.tensors["queries"], self.state.tensors["query_position"]
+        row, place = self.state.rows[:, 0], self.clocks.position % queries.shape[2]
+        queries[row, :, place] = query[:, :, 0]
+        position[row, place] = self.clocks.position
 
     def _admit(self, key: Tensor, value: Tensor) -> None:
         state, clocks, pool = self.state, self.clocks, self.arrival
@@ -210,6 +219,9 @@ class PolicyLayer(CacheLayerMixin):
         for policy in working:
             if update or policy.remembers:
                 sight.candidates[policy.name] = policy.candidates(state, clocks, values)
+        if update:
+            before = state.position.clone() if len(working) > 1 else state.position
+            sights |= self._windows(working, state, before, sight.candidates, sight.scaling)
         for policy in working:
             policy.observe(sights, clocks, values)
         for pool in self.ordered:
@@ -217,11 +229,29 @@ class PolicyLayer(CacheLayerMixin):
                 policy, values = self.policies[pool.name], readings(state, clocks)
                 if policy.guards_by_size:
                     sight.candidates[pool.name] = policy.candidates(state, clocks, values)
+                policy.look_back(sights, clocks, values, fires(pool, clocks))
                 score = policy.score(sights, clocks, values)
                 drop_some(policy, state, clocks, values, score, sight.candidates[pool.name])
             changes = update if pool.evicts else "generated" in pool.admits
             if pool.size_read and pool.cadence > 0 and changes:
                 record_size(pool, state, clocks)
+
+    def _windows(
+        self,
+        working: list[PoolPolicy],
+        state: LayerState,
+        position: Tensor,
+        candidates: dict[str, Tensor],
+        scaling: float,
+    ) -> dict[str, Sight]:
+        """What the newest queries see, by how many of them; ``position`` is the state's while the pass attended."""
+        sights: dict[str, Sight] = {}
+        for last in sorted({last for policy in working for last in policy.windows}):
+            queries, placed = self.state.tensors["queries"], self.state.tensors["query_position"]
+            if last < queries.shape[2]:
+                queries, placed = newest_queries(queries, placed, last)
+            sights[str(last)] = LastQueries(state, scaling, candidates, queries, placed, position)
+        return sights
 
     # A prompt pass ------------------------------------------------------------------------------------------------
 
@@ -240,11 +270,22 @@ class PolicyLayer(CacheLayerMixin):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
             out = attend_prompt(query, wide.keys, wide.values, moment.position, wide.position, scaling)
+        if "queries" in self.state.tensors:
+            self._remember_queries(query, moment.position)
         self._learn_and_drop_prompt(query, wide, scaling, sums)
         if not moment.more:
             pack(self.turn.state, self.state, self.clocks)
             self.turn = None
         return rearrange(out, "b q n d -> b n q d")
+
+    def _remember_queries(self, query: Tensor, position: Tensor) -> None:
+        """Put a prompt pass's newest queries [B, Q, N, D] into the window: each lies at its position modulo w."""
+        window, placed = self.state.tensors["queries"], self.state.tensors["query_position"]
+        newest, place = newest_queries(query, position, window.shape[2])
+        row, which = (place >= 0).nonzero(as_tuple=True)
+        slot = place[row, which] % window.shape[2]
+        window[row, :, slot] = newest[row, :, which]
+        placed[row, slot] = place[row, which].to(placed.dtype)
 
     def _attend_and_sum(self, query: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
@@ -284,6 +325,7 @@ class PolicyLayer(CacheLayerMixin):
                 policy, values = self.policies[pool.name], readings(wide, clocks)
                 if policy.guards_by_size:
                     candidates[pool.name] = policy.candidates(wide, clocks, values)
+                policy.look_back(sights, clocks, values, spoken)
                 score = policy.score(sights, clocks, values)
                 drop_all_at_once(policy, wide, values, score, candidates[pool.name], spoken)
             if pool.size_read:
@@ -306,7 +348,8 @@ class PolicyLayer(CacheLayerMixin):
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
         scores = kernel_prompt_scores if self.backend == TRITON else prompt_scores
         every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores)
-        sights: dict[str, Sight] = {"all": every}
+        working = [self.policies[name] for name in candidates]
+        sights = {"all": every, **self._windows(working, wide, before, candidates, scaling)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
             return sights, active
         newest = position.argmax(1)
