@@ -87,7 +87,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages."""
+    """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages.
+
+    One update of a generated pass drops at most ``victims`` units (0: any number); one generated pass reads at most
+    ``read_units`` of them beside the newest.
+    """
 
     name: str
     admits: frozenset[str]
@@ -109,6 +113,7 @@ class PoolPlan:
     bound: int = 0
     offset: int = 0
     victims: int = 0
+    read_units: int = 0
     size_read: bool = False
 
     @property

@@ -47,8 +47,6 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
         yield "evict scope across-heads"
     if pool.to is not None:
         yield "evict {to: …}"
-    if pool.read is not None:
-        yield "read {top: …}"
     if pool.store is not None:
         yield "store bits"
     if pool.evicts:

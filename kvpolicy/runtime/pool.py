@@ -31,6 +31,20 @@ class PoolPolicy:
         self.name = plan.name
         self.scorer = plan.scorer
         self.leaves = [Leaf.of(leaf, number, plan.name) for number, leaf in enumerate(scoring_leaves(plan))]
+        self._know(plan)
+
+    @classmethod
+    def reading(cls, plan: PoolPlan) -> PoolPolicy:
+        """The same for what ``read`` ranks by; its leaves remember nothing and own no buffers, so count below 0."""
+        assert plan.read is not None
+        self = cls.__new__(cls)
+        self.name = plan.name
+        self.scorer = plan.read.scorer
+        self.leaves = [Leaf.of(leaf, -1 - number, plan.name) for number, leaf in enumerate(self.scorer.leaves())]
+        self._know(plan)
+        return self
+
+    def _know(self, plan: PoolPlan) -> None:
         for leaf in self.leaves:
             find(leaf.signal)
         self.budget = plan.budget.tree if plan.budget is not None else None
@@ -210,7 +224,8 @@ class PoolPolicy:
 
     def may_stay(self, state: LayerState, candidate: Tensor, values: Mapping[str, Whole]) -> Tensor:
         """How many candidates fit the budget beside what is protected [B, K]."""
-        assert self.budget is not None
+        if self.budget is None:
+            return candidate.sum(-1)
         pool = state.pools[self.name]
         safe = (state.resident_units(pool) & ~candidate).sum(-1)
         return floored(self.budget, values) // pool.page - safe

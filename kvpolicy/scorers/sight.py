@@ -79,12 +79,14 @@ class Sight:
     """The slots as scorers see them, in one layer and pass.
 
     ``state`` offers keys, values, positions and buffers (``runtime.state.LayerState``); ``candidates`` maps a pool's
-    name to its unprotected resident units [B, K, U].
+    name to its unprotected resident units [B, K, U]; ``read`` are the slots [B, K, S] that the pass reads, None
+    where it reads all.
     """
 
     state: Any
     scaling: float
     candidates: dict[str, Tensor] = field(default_factory=dict)
+    read: Tensor | None = field(default=None, kw_only=True)
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         """Attention mass on the tokens of a pool, heads reduced: [B, K, U * page]."""
@@ -99,13 +101,13 @@ class Sight:
         raise NotImplementedError
 
     def domain(self, pool: PoolPlan, leaf: Leaf) -> Tensor | None:
-        """The slots [B, K, S] over which ``over`` takes the softmax; None for the whole cache."""
+        """The slots [B, K, S] over which ``over`` takes the softmax, as far as they are read; None for all."""
         if leaf.over == "cache":
-            return None
+            return self.read
         inside = torch.zeros_like(self.state.position, dtype=torch.bool)
         units = self.candidates[pool.name] if leaf.over == "candidates" else self.state.resident_units(pool)
         inside[:, :, self.state.span(pool)] = units[..., None].expand(-1, -1, -1, pool.page).flatten(2)
-        return inside
+        return inside if self.read is None else inside & self.read
 
     def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
         """Any signal of queries, heads reduced: [B, K, U * page].
@@ -161,8 +163,9 @@ class NewestQuery(Sight):
         domain = self.domain(pool, leaf)
         if leaf.heads == "logits-max":
             return masked_softmax(self.all_logits.amax(2), domain)[:, :, span]
-        if domain is None:
+        if leaf.over == "cache":
             return reduce_heads(self.probabilities[..., span], leaf.heads)
+        assert domain is not None
         return reduce_heads(masked_softmax(self.all_logits, domain[:, :, None])[..., span], leaf.heads)
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
