@@ -24,7 +24,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Hit:
-    """How a leaf (number ``leaf`` of the pool's scorer) decided its hits in one pass; ``bar`` is None for ``top``."""
+    """How a leaf (number ``leaf`` of the pool's scorer) decided its hits in one pass; ``bar`` is None for ``top``.
+
+    Where its ``signal`` itself decides something, there is a record of that too: ``scores`` are then the narrowest
+    decision about each unit, 1 (the ``bar``) being on the spot, and ``hits`` are none.
+    """
 
     head: int
     pool: str
@@ -32,6 +36,7 @@ class Hit:
     scores: dict[int, float]
     hits: frozenset[int]
     bar: float | None
+    signal: bool = False
 
 
 @dataclass(frozen=True)

@@ -316,12 +316,15 @@ class Doubts:
 
     def take(self, hits: Sequence[Hit], scorers: Mapping[tuple[int, str], ScorerPlan], relative: float) -> None:
         """Add the units on a boundary; a certain hit settles ``last-hit``; without memory each pass stands alone."""
+        begun = set()
         for hit in hits:
+            place = hit.head, hit.pool, hit.leaf
             leaf = list(scorers[hit.head, hit.pool].leaves())[hit.leaf]
-            unsure = self.units.setdefault((hit.head, hit.pool, hit.leaf), set())
+            unsure = self.units.setdefault(place, set())
             on_boundary = boundary(hit, leaf, relative)
-            if not leaf.remembers:
+            if not leaf.remembers and place not in begun:
                 unsure.clear()
+                begun.add(place)
             elif leaf.memory[0] == "last-hit":
                 unsure -= hit.hits
             unsure |= on_boundary
