@@ -34,9 +34,9 @@ Where the language leaves a choice, the oracle reads it so:
   entered, over those still resident. Rounding takes effect after the pass, for everyone.
 """
 
-from kvpolicy.oracle.records import Choice, Hit, PoolStep, Step
+from kvpolicy.oracle.records import Choice, Hit, PoolStep, Reading, Step
 from kvpolicy.oracle.rows import Oracle
 from kvpolicy.oracle.step import Kept, Memories
 from kvpolicy.oracle.text import Rotate
 
-__all__ = ["Choice", "Hit", "Kept", "Memories", "Oracle", "PoolStep", "Rotate", "Step"]
+__all__ = ["Choice", "Hit", "Kept", "Memories", "Oracle", "PoolStep", "Reading", "Rotate", "Step"]
