@@ -150,7 +150,7 @@ def _others(groups: Sequence[Group]) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     most = max(plan.bytes, plan.dense_bytes)
-    stored = sum(b.bytes for layer in plan.layers for b in layer.buffers if b.name in ("keys", "values"))
+    stored = sum(b.bytes for layer in plan.layers for b in layer.buffers if b.holds_tokens)
     saving = 1 - plan.bytes / plan.dense_bytes if plan.dense_bytes else 0.0
     share = f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'}"
     yield f"[bold]Memory[/]: {share} than the full cache at the same lengths"

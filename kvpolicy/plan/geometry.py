@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpolicy.errors import ModelError
@@ -40,6 +40,10 @@ class ModelGeometry:
     def group(self) -> int:
         """G: query heads that share one KV head."""
         return self.query_heads // self.kv_heads
+
+    def of_heads(self, kv_heads: int) -> ModelGeometry:
+        """The same with so many KV heads, and the query heads that share them."""
+        return replace(self, kv_heads=kv_heads, query_heads=kv_heads * self.group)
 
     @classmethod
     def from_config(cls, config: Any, dtype: str | None = None) -> ModelGeometry:

@@ -6,6 +6,7 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
+from kvpolicy.runtime.split import SplitLayer
 
 
 class PolicyCache(Cache):
@@ -52,7 +54,9 @@ class PolicyCache(Cache):
         self.moment = Moment()
         self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
         layers = [
-            PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device, self.backend)
+            (SplitLayer if layer.groups else PolicyLayer)(
+                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend
+            )
             for layer in plan.layers
         ]
         super().__init__(layers=layers)
@@ -68,7 +72,7 @@ class PolicyCache(Cache):
         self._cadences = {
             (pool.cadence, pool.stream if waits(pool) else None)
             for layer in self.plan.layers
-            for pool in layer.pools
+            for pool in layer.every_pool
             if pool.evicts and pool.cadence > 0
         }
         every = any(cadence == 1 and stream is None for cadence, stream in self._cadences)
@@ -234,6 +238,14 @@ class PolicyCache(Cache):
             layer.reset()
         self._forget()
 
+    def parts(self) -> Iterator[PolicyLayer]:
+        """Every group of heads with equal pools, of every layer: most layers are one."""
+        for layer in self.layers:
+            yield from layer.parts
+
+    def _tensors(self) -> list[Tensor]:
+        return self.clocks.tensors() + [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order (a row may come twice), in place, as beam search asks."""
         self._select(beam_idx)
@@ -248,7 +260,7 @@ class PolicyCache(Cache):
             raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
 
     def _select(self, rows: Tensor) -> None:
-        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        tensors = self._tensors()
         for tensor in tensors:
             tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
 
@@ -257,12 +269,12 @@ class PolicyCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes that the cache's tensors hold: what the plan announced."""
-        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
         """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty."""
-        return self.layers[layer_idx].state.position.long()
+        return self.layers[layer_idx].positions()
 
     def stats(self) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
@@ -271,10 +283,10 @@ class PolicyCache(Cache):
         ``bound`` (the plan's), ``seen`` and ``evicted`` (totals).
         """
         pools: dict[str, dict[str, int]] = {}
-        for layer in self.layers:
-            for pool in layer.plan.pools:
-                _count(layer, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
-        resident = max(int((layer.state.position >= 0).sum(-1).max()) for layer in self.layers)
+        for part in self.parts():
+            for pool in part.plan.pools:
+                _count(part, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
+        resident = max(int((part.state.position >= 0).sum(-1).max()) for part in self.parts())
         return {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),

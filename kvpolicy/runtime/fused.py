@@ -127,8 +127,6 @@ class FusedStep:
 
 def _reasons(plan: LayerPlan, arrival: PoolPlan, working: PoolPlan | None) -> Iterator[str]:
     """Everything that the kernels were not written for, in one clause each."""
-    if plan.heads is not None:
-        yield "KV heads have policies of their own"
     for pool in plan.pools:
         if pool.read is not None or pool.store is not None or pool.to is not None or pool.pin_special:
             yield f"pool {pool.name} selects, quantises, feeds another or pins special tokens"

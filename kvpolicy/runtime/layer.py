@@ -118,6 +118,15 @@ class PolicyLayer(CacheLayerMixin):
             for leaf in policy.leaves
         )
 
+    @property
+    def parts(self) -> list[PolicyLayer]:
+        """Its heads in groups of equal pools: one here, more in a ``SplitLayer``."""
+        return [self]
+
+    def positions(self) -> Tensor:
+        """Kept positions by slot [B, K, S], -1 where a slot is empty."""
+        return self.state.position.long()
+
     def replan(self, plan: LayerPlan) -> None:
         """Take new sizes and keep what is resident."""
         old = self.state

@@ -99,7 +99,7 @@ class Turn:
                 number = state.tensors[f"{pool.name}.drawn.{leaf.number}"]
                 places = state.unit_position(pool).long()
                 seed = int(leaf.args.get("seed", 0))
-                number.copy_(drawn(seed, state.layer, state.heads[..., None], places))
+                number.copy_(drawn(seed, state.layer, state.kv_heads[..., None], places))
         if f"{pool.name}.high" in state.tensors:
             keys = state.keys[:, :, state.span(pool)].unflatten(2, (pool.units, pool.page))
             resident = (state.pool_positions(pool) >= 0)[..., None]
