@@ -59,6 +59,8 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
             yield f"window {what}", {**answers, "window": f"({answers['window']}) {change}"}
         if "first" in answers.get("pinned", ()):
             yield f"first {what}", {**answers, "pinned": {"first": f"({answers['pinned']['first']}) {change}"}}
+    if answers.get("pinned") == "survivors":
+        yield "nobody pinned", without(answers, "pinned")
     update = answers.get("update", {"every": 1})
     if isinstance(update, dict):
         yield "updates one step apart", {**answers, "update": {"every": f"({update['every']}) + 1"}}
