@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from kvpolicy.language import Policy, Quantity, load_policy, loads_policy
-from tests.policies.kit import FILES, kept, run
+from tests.invariants.policies import NAMES, roomy
+from tests.policies.kit import kept, run
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "drift": {"pattern": "drift", "every": 16, "rows": 2},
@@ -86,15 +87,11 @@ def test_random_without_a_prompt_is_random_unpinned() -> None:
     assert kept(pinned, **said) == kept(unpinned, **said)
 
 
-ROOMY = {"h2o": {"heavy": 100, "recent": 100}}
-"""Params with which nothing need leave; for the others, their defaults."""
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_budget_of_at_least_the_length_is_the_full_cache(name: str) -> None:
     said = {**TEXT, **PATTERNS["drift"]}
-    roomy = load_policy(name, set=ROOMY.get(name, {}))
-    assert all(seen.kept() == frozenset(range(seen.newest + 1)) for seen in run(roomy, runtime=True, **said))
+    for seen in run(roomy(name), runtime=True, **said):
+        assert seen.kept() == seen.attended() == frozenset(range(seen.newest + 1))
 
 
 @pytest.mark.parametrize(("beta1", "beta2", "horizon"), [(256, 256, 4096), (768, 256, 4096), (7, 5, 100), (0, 3, 9)])
