@@ -1,4 +1,4 @@
-"""PyramidInfer's KV part against section 3 of arXiv:2405.12532, with the shares of layers as the policy states them."""
+"""PyramidInfer's KV part (arXiv:2405.12532) as its code has it, with the shares of layers that the policy states."""
 
 from __future__ import annotations
 
