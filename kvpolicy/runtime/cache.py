@@ -72,7 +72,7 @@ class PolicyCache(Cache):
             if pool.evicts and pool.cadence > 0
         }
         every = any(cadence == 1 and stream is None for cadence, stream in self._cadences)
-        self.moment.plan = self.plan
+        self.moment.plan, self._asked = self.plan, self.plan.traits
         self.moment.kinds = (UPDATE,) if every else (PLAIN, UPDATE) if self._cadences else (PLAIN,)
 
     def _forget(self) -> None:
@@ -90,6 +90,8 @@ class PolicyCache(Cache):
         *,
         kind: str | None = None,
         more: bool | None = None,
+        special: Tensor | None = None,
+        modality: Tensor | None = None,
     ) -> str:
         """Open the next pass of the model and say what it is: "prompt", "plain" or "update".
 
@@ -98,6 +100,9 @@ class PolicyCache(Cache):
             valid: [B, N] bool, False where a column is padding; None where nothing is.
             kind: "prompt" or "generated"; by default one column on a non-empty cache is generated, all else a prompt.
             more: whether further chunks of this prompt turn follow; by default only where ``expect_prompt`` says so.
+            special: [B, N] bool, which tokens of a prompt pass are special; None where none is.
+            modality: [B, N], of what kind the tokens of a prompt pass are: 1 (or True) for an image's, 0 for text, and
+                other numbers as models have them (2 for a video's); None where all are text.
 
         Raises:
             CacheError: the plan has no room for these tokens, or a generated pass would skip a row.
@@ -111,7 +116,7 @@ class PolicyCache(Cache):
             return opened
         if kind != "prompt":
             raise CacheError(f"a pass is of kind prompt or generated, not {kind!r}")
-        self._begin_prompt(columns, valid, more)
+        self._begin_prompt(columns, valid, more, special, modality)
         self.clocks.columns += columns
         self.passes[PROMPT] += 1
         return PROMPT
@@ -142,7 +147,14 @@ class PolicyCache(Cache):
         self.passes[kind] += 1
         return kind
 
-    def _begin_prompt(self, columns: int, valid: Tensor | None, more: bool | None) -> None:
+    def _begin_prompt(
+        self,
+        columns: int,
+        valid: Tensor | None,
+        more: bool | None,
+        special: Tensor | None,
+        modality: Tensor | None,
+    ) -> None:
         first, empty = self.turn_columns == 0, self.clocks.columns == self.turn_columns
         if valid is None:
             valid = torch.ones(self.plan.batch, columns, dtype=torch.bool, device=self.device)
@@ -156,19 +168,36 @@ class PolicyCache(Cache):
             )
         if more is None:
             more = self.expected is not None and self.turn_columns + columns < self.expected
+        traits = self._traits(valid, special, modality)
         self._check_prompt((self.clocks.prompt_len + valid.sum(1)).tolist(), more)
         if first:
             self.clocks.open_turn()
-        place = self.clocks.turn_tokens[:, None] + valid.long().cumsum(1) - 1
         self.turn_columns += columns
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
-        moment.position, moment.place = self.clocks.prompt(valid), place
+        moment.position, moment.places = self.clocks.prompt(valid, traits)
+        moment.special = traits.get("special")
         if not more:
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None
+
+    def _traits(self, valid: Tensor, special: Tensor | None, modality: Tensor | None) -> dict[str, Tensor]:
+        """What the policy asks of a prompt pass's tokens, by the name of the trait [B, N] bool."""
+        given = {"special": special, "image": None if modality is None else modality == 1}
+        traits = {}
+        for name in sorted(self._asked):
+            flags = given[name]
+            flags = torch.zeros_like(valid) if flags is None else flags.to(self.device, torch.bool)
+            if flags.shape != valid.shape:
+                what = {"special": "special", "image": "modality"}[name]
+                raise CacheError(
+                    f"{what} says what each token of the pass is, so it has the shape {tuple(valid.shape)}, not "
+                    f"{tuple(flags.shape)}"
+                )
+            traits[name] = flags
+        return traits
 
     def _check_prompt(self, lengths: list[int], more: bool) -> None:
         """Refuse prompts, by row, that the plan made no room for: longer ones, and shorter ones where that makes room
