@@ -6,6 +6,7 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class PolicyCache(Cache):
     def _forget(self) -> None:
         self.turn_columns = 0
         self.expected: int | None = None
+        self._told: dict[str, Tensor] = {}
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
         self.finish()
 
@@ -107,19 +109,36 @@ class PolicyCache(Cache):
         Raises:
             CacheError: the plan has no room for these tokens, or a generated pass would skip a row.
         """
-        if kind is None:
-            in_turn = self.turn_columns > 0 or self.expected is not None
-            kind = "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
+        kind = kind or self.kind_of(columns)
+        told, self._told = {**self._told, **_known(special=special, modality=modality)}, {}
         if kind == "generated":
             opened = self.open_step(columns, valid)
             self.clocks.advance()
             return opened
         if kind != "prompt":
             raise CacheError(f"a pass is of kind prompt or generated, not {kind!r}")
-        self._begin_prompt(columns, valid, more, special, modality)
+        self._begin_prompt(columns, valid, more, told)
         self.clocks.columns += columns
         self.passes[PROMPT] += 1
         return PROMPT
+
+    def kind_of(self, columns: int) -> str:
+        """What the next pass is, "prompt" or "generated", where nobody says so."""
+        in_turn = self.turn_columns > 0 or self.expected is not None
+        return "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
+
+    def tell(self, *, special: Tensor | None = None, modality: Tensor | None = None) -> None:
+        """Say of what kind the tokens of the next pass are, as ``begin`` takes it, before the pass is opened.
+
+        A model with a policy reads this off its own inputs; what is told goes before that.
+        """
+        self._told |= _known(special=special, modality=modality)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Which of "special" and "image" the policy asks of the next prompt pass's tokens, and nobody has told yet."""
+        told = {"special": "special", "image": "modality"}
+        return frozenset(name for name in self._asked if told[name] not in self._told)
 
     def open_step(self, columns: int = 1, valid: Tensor | None = None) -> str:
         """The host's half of ``begin`` for a generated pass: "plain" or "update"; asks and tells the device nothing.
@@ -147,14 +166,7 @@ class PolicyCache(Cache):
         self.passes[kind] += 1
         return kind
 
-    def _begin_prompt(
-        self,
-        columns: int,
-        valid: Tensor | None,
-        more: bool | None,
-        special: Tensor | None,
-        modality: Tensor | None,
-    ) -> None:
+    def _begin_prompt(self, columns: int, valid: Tensor | None, more: bool | None, told: Mapping[str, Tensor]) -> None:
         first, empty = self.turn_columns == 0, self.clocks.columns == self.turn_columns
         if valid is None:
             valid = torch.ones(self.plan.batch, columns, dtype=torch.bool, device=self.device)
@@ -168,7 +180,7 @@ class PolicyCache(Cache):
             )
         if more is None:
             more = self.expected is not None and self.turn_columns + columns < self.expected
-        traits = self._traits(valid, special, modality)
+        traits = self._traits(valid, told)
         self._check_prompt((self.clocks.prompt_len + valid.sum(1)).tolist(), more)
         if first:
             self.clocks.open_turn()
@@ -183,21 +195,18 @@ class PolicyCache(Cache):
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None
 
-    def _traits(self, valid: Tensor, special: Tensor | None, modality: Tensor | None) -> dict[str, Tensor]:
+    def _traits(self, valid: Tensor, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the policy asks of a prompt pass's tokens, by the name of the trait [B, N] bool."""
-        given = {"special": special, "image": None if modality is None else modality == 1}
-        traits = {}
-        for name in sorted(self._asked):
-            flags = given[name]
-            flags = torch.zeros_like(valid) if flags is None else flags.to(self.device, torch.bool)
+        for name, flags in told.items():
             if flags.shape != valid.shape:
-                what = {"special": "special", "image": "modality"}[name]
                 raise CacheError(
-                    f"{what} says what each token of the pass is, so it has the shape {tuple(valid.shape)}, not "
+                    f"{name} says what each token of the pass is, so it has the shape {tuple(valid.shape)}, not "
                     f"{tuple(flags.shape)}"
                 )
-            traits[name] = flags
-        return traits
+        known = {name: flags.to(self.device) for name, flags in told.items()}
+        traits = {"special": known.get("special", torch.zeros_like(valid)).bool()}
+        traits["image"] = known.get("modality", torch.zeros_like(valid)) == 1
+        return {name: traits[name] for name in sorted(self._asked)}
 
     def _check_prompt(self, lengths: list[int], more: bool) -> None:
         """Refuse prompts, by row, that the plan made no room for: longer ones, and shorter ones where that makes room
@@ -334,6 +343,10 @@ class PolicyCache(Cache):
             self.layers[number].replan(layer)
         self.plan = plan
         self._note_cadences()
+
+
+def _known(**flags: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 COUNTED = ("resident", "peak", "bound", "seen", "evicted")

@@ -307,7 +307,7 @@ MUTANTS = (
         "        pass\n",
     ),
     Mutant(
-        "a page stays closed where the turn brought its pool fewer tokens than the row",
+        "the host believes that all of a turn went to every pool",
         R + "clocks",
         "own = self.turn_tokens.tolist() if self.stream.traits else lengths",
         "own = lengths",
