@@ -1,16 +1,22 @@
 """Attention over slots, and the signals it hands out. One small interface; ``torch`` defines what is right."""
 
-from kvpolicy.attention.columns import prompt_scores, reduce_heads, window_scores
+from kvpolicy.attention.columns import newest_queries, prompt_scores, reduce_heads
+from kvpolicy.attention.paged import attend_pages
+from kvpolicy.attention.parts import attend_part, merge_parts
 from kvpolicy.attention.torch_backend import attend_slots, scaled_logits
-from kvpolicy.attention.torch_prompt import attend_prompt, attend_prompt_and_sum, column_sums
+from kvpolicy.attention.torch_prompt import Reduce, attend_prompt, attend_prompt_and_sum, column_sums
 
 __all__ = [
+    "Reduce",
+    "attend_pages",
+    "attend_part",
     "attend_prompt",
     "attend_prompt_and_sum",
     "attend_slots",
     "column_sums",
+    "merge_parts",
+    "newest_queries",
     "prompt_scores",
     "reduce_heads",
     "scaled_logits",
-    "window_scores",
 ]

@@ -1,11 +1,9 @@
-"""What the queries of a prompt pass say of each slot, heads reduced; and what the newest of them say on average.
+"""What the queries of a prompt pass say of each slot, heads reduced; and which of them are the newest.
 
 Plain torch, in tiles: it defines what ``kernels.prompt`` must compute.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,24 +58,3 @@ def newest_queries(query: Tensor, query_position: Tensor, last: int) -> tuple[Te
     position, columns = query_position.topk(width, dim=1)
     index = columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     return query.gather(2, index), position
-
-
-def window_scores(
-    query: Tensor,
-    keys: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    last: int,
-    signal: str,
-    heads: str,
-    scores: Callable[..., Tensor] = prompt_scores,
-) -> Tensor:
-    """The same averaged over the newest ``last`` queries of each row (SnapKV, arXiv:2404.14469), heads reduced.
-
-    A row whose pass brought fewer is averaged over those. Shapes and the rest as in ``prompt_scores``; ``scores`` is
-    what computes it, here and in other backends.
-    """
-    newest, position = newest_queries(query, query_position, last)
-    summed = scores(newest, keys, position, key_position, scaling, signal, heads)
-    return summed / (position >= 0).sum(1).clamp(min=1)[:, None, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from math import floor
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -97,14 +98,14 @@ def arguments(
         words = known[key].words
         if words and value not in words:
             raise Complaint(f"`{key}` is {' or '.join(words)}, not `{shown(value)}`", "", (name, key))
-        taken[key] = str(value) if words else number(value, info, (name, key))
+        taken[key] = str(value) if words else number(value, info, (name, key), known[key].least)
     return taken
 
 
-def number(value: object, info: ValidationInfo, path: tuple[str | int, ...]) -> Quantity:
+def number(value: object, info: ValidationInfo, path: tuple[str | int, ...], least: Fraction | None = None) -> Quantity:
     """A number known when the plan is made; complaints are placed at `path`."""
     try:
-        return Role("number", "plan", name=str(path[-1])).read(value, info)
+        return Role("number", "plan", least, name=str(path[-1])).read(value, info)
     except Complaint as complaint:
         complaint.path = path
         raise

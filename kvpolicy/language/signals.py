@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -29,11 +30,12 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class SignalArgument:
-    """An argument of a signal: a number known when the plan is made, or one of `words`."""
+    """An argument of a signal: a number known when the plan is made, `least` or more, or one of `words`."""
 
     meaning: str
     default: Quantity | str | float
     words: tuple[str, ...] = ()
+    least: Fraction | None = None
 
     def __post_init__(self) -> None:
         if self.words:
@@ -84,6 +86,23 @@ SIGNALS: dict[str, SignalDefinition] = {
         softmax=True,
         needs={"logits"},
     ),
+    "gumbel-attention": SignalDefinition(
+        "attention with Gumbel noise on the logits, drawn once for each token, and a temperature that grows with `t`",
+        queries=True,
+        softmax=True,
+        needs={"logits"},
+        arguments={
+            "temperature": SignalArgument("what the logits are divided by at t = 0", 1, least=Fraction(1, 100)),
+            "growth": SignalArgument("what each generated token adds to the temperature", 0.01, least=Fraction(0)),
+            "seed": SignalArgument("a whole number", 0),
+        },
+    ),
+    "above-average": SignalDefinition(
+        "1 where a query pays a token at least its share, 1 / the number of tokens it sees; else 0",
+        queries=True,
+        softmax=True,
+        needs={"logits"},
+    ),
     "attention-logit": SignalDefinition("the scaled logits themselves", queries=True, needs={"logits"}),
     "page-bound": SignalDefinition(
         "the most that any key inside the page's channel-wise box could score", queries=True, needs={"bounds"}
@@ -104,6 +123,15 @@ SIGNALS: dict[str, SignalDefinition] = {
             "keep": SignalArgument("which copy of a key counts nothing towards its redundancy", "newest", ("newest",)),
         },
         needs={"keys"},
+    ),
+    "lag": SignalDefinition(
+        "how uneven key and value are against the ranges of the next block of the text, as a rank within their own; "
+        "without a whole next block, 1",
+        arguments={
+            "lag": SignalArgument("positions in a block", 128, least=Fraction(1)),
+            "after": SignalArgument("the position where the first block begins", 0, least=Fraction(0)),
+        },
+        needs={"keys", "values"},
     ),
 }
 

@@ -21,6 +21,10 @@ Where the language leaves a choice, the oracle reads it so:
 - ``key-anchor`` takes its mean over the pool's tokens. ``key-similarity`` compares the tokens that are ranked: the
   pool's, or all where ``hit: {top: …}`` ranks the cache. ``keep: newest`` excuses, in each token's row, the newest
   other token that resembles it (cosine > ``above``).
+- ``lag`` counts its blocks by position, among the tokens that are ranked (as for ``key-similarity``); a block that a
+  whole one does not follow, or of which nothing is left in the next, is not judged and counts 1. Of equals the newer.
+- ``above-average`` counts the tokens that the query sees within ``over``; a share of 1 - 2^-12 will do. Query heads of
+  a KV head share the noise of ``gumbel-attention``.
 - Signals read keys as attention does: as stored, and turned to their rank where positions are compact.
 - ``positions: compact``: queries and keys are given unrotated, with ``rotate(vectors, positions)``. In each pass a key
   is turned to its rank among the residents of its KV head, a query to the rank of its own token there.
@@ -30,9 +34,9 @@ Where the language leaves a choice, the oracle reads it so:
   entered, over those still resident. Rounding takes effect after the pass, for everyone.
 """
 
-from kvpolicy.oracle.records import Choice, Hit, PoolStep, Step
+from kvpolicy.oracle.records import Choice, Hit, PoolStep, Reading, Step
 from kvpolicy.oracle.rows import Oracle
 from kvpolicy.oracle.step import Kept, Memories
 from kvpolicy.oracle.text import Rotate
 
-__all__ = ["Choice", "Hit", "Kept", "Memories", "Oracle", "PoolStep", "Rotate", "Step"]
+__all__ = ["Choice", "Hit", "Kept", "Memories", "Oracle", "PoolStep", "Reading", "Rotate", "Step"]

@@ -55,6 +55,12 @@ class Pool:
             pages[-1] = True
         return pages
 
+    def without_newest(self) -> Array:
+        """Which pages are not the newest [pages] bool. What another pool moves here is complete: none is newest."""
+        older = np.ones(len(self.pages), dtype=bool)
+        older[-1:] = self.fed
+        return older
+
     def take(self, gone: Collection[Page]) -> None:
         """Let these pages go."""
         ids = {id(page) for page in gone}

@@ -23,10 +23,42 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Hit:
+    """How a leaf (number ``leaf`` of the pool's scorer) decided its hits in one pass; ``bar`` is None for ``top``.
+
+    Where its ``signal`` itself decides something, there is a record of that too: ``scores`` are then the narrowest
+    decision about each unit, 1 (the ``bar``) being on the spot, and ``hits`` are none.
+    """
+
+    head: int
+    pool: str
+    leaf: int
+    scores: dict[int, float]
+    hits: frozenset[int]
+    bar: float | None
+    signal: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Why a pass read what it read of one pool of one KV head.
+
+    ``scores`` are those of the units to choose from, ``units`` the positions that each holds, ``chosen`` those read;
+    ``hits`` are those of the scorer that ranked them.
+    """
+
+    scores: dict[int, float]
+    units: dict[int, tuple[int, ...]]
+    chosen: frozenset[int]
+    hits: tuple[Hit, ...]
+
+
+@dataclass(frozen=True)
 class PoolStep:
     """One pool of one KV head after a pass: positions of tokens, and the positions that each unit holds.
 
-    ``evicted`` left the pool in this pass; ``choice`` is None where the pool was not updated or has no budget.
+    ``evicted`` left the pool in this pass; ``choice`` is None where the pool was not updated or has no budget,
+    ``reading`` where the pass read all of it.
     """
 
     kept: frozenset[int]
@@ -36,18 +68,7 @@ class PoolStep:
     units: dict[int, tuple[int, ...]]
     size: int
     choice: Choice | None
-
-
-@dataclass(frozen=True)
-class Hit:
-    """How a leaf (number ``leaf`` of the pool's scorer) decided its hits in one pass; ``bar`` is None for ``top``."""
-
-    head: int
-    pool: str
-    leaf: int
-    scores: dict[int, float]
-    hits: frozenset[int]
-    bar: float | None
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)

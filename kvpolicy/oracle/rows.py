@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from kvpolicy.oracle.records import Step
@@ -81,6 +81,11 @@ class Oracle:
         ``memory`` is put in place of the oracle's own before the update; with ``kept`` None the scores choose.
         """
         return self.layers[layer][row].adopt(kept, memory)
+
+    def adopt_reading(self, layer: int, row: int, read: Sequence[Mapping[str, frozenset[int]]]) -> Step:
+        """Do the last pass of a row again, from attention on, as if it had read other units: per KV head, of the pools
+        named the positions read."""
+        return self.layers[layer][row].adopt_reading(read)
 
     def memories(self, layer: int, row: int) -> Memories:
         """What the units of a row remember after the last pass (not yet anything for one that no scorer has seen)."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvpolicy.language import Quantity
 from kvpolicy.oracle.records import Hit
-from kvpolicy.oracle.signals import signal, softmax
+from kvpolicy.oracle.signals import narrowest, signal, softmax
 from kvpolicy.oracle.text import Array, Memory, Page, View
 from kvpolicy.plan import ScorerPlan
 
@@ -68,6 +68,10 @@ class Scoring:
         if leaf.hit is not None:
             asked = candidate if leaf.over == "candidates" else np.ones(len(pages), dtype=bool)
             values = self.hit(number, leaf.hit, pages, asked, values)
+        narrow = narrowest(self.view, leaf, pages, self.pages, candidates)
+        if narrow is not None:
+            margins = {page.position: float(ratio) for page, ratio in zip(pages, narrow, strict=True)}
+            self.hits.append(Hit(self.view.head, self.pool, number, margins, frozenset(), 1.0, signal=True))
         return values[: len(self.pages)]
 
     def hit(

@@ -8,6 +8,7 @@ reduced over them, and the tokens of a page to their maximum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from kvpolicy.errors import UsageError
 from kvpolicy.language.signals import definition, origin, recipe
+from kvpolicy.oracle.blocks import lag, lag_margins
 from kvpolicy.oracle.text import Array, Page, View
 from kvpolicy.plan import ScorerPlan
 
@@ -37,6 +39,32 @@ def attention(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array
     if leaf.heads == "logits-max":
         logits = logits.max(axis=0, keepdims=True)
     return softmax(np.where(over, logits, -np.inf))
+
+
+def gumbel_attention(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    """Keyformer: noise on the logits, and a temperature that rises with t (methods.md 5.7)."""
+    args = dict(leaf.args)
+    noise = np.array([gumbel(int(args["seed"]), view.layer, view.head, int(at)) for at in view.tokens])
+    logits = view.logits(view.asked(leaf.queries))
+    if leaf.heads == "logits-max":
+        logits = logits.max(axis=0, keepdims=True)
+    temperature = float(args["temperature"]) + float(args["growth"]) * view.t
+    return softmax(np.where(over, (logits + noise) / temperature, -np.inf))
+
+
+def above_average(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    """Scissorhands: whether a token gets its share of a query's attention, or more (methods.md 5.7)."""
+    return (shares(view, leaf, over, ranked) >= SHARE).astype(float)
+
+
+def shares(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
+    """Probabilities times the number of tokens that the query sees."""
+    seen = over & (view.tokens <= view.asked(leaf.queries)[:, None])
+    return attention(view, leaf, over, ranked) * seen.sum(axis=-1, keepdims=True)
+
+
+SHARE = 1 - 2**-12
+"""What counts as a whole share: where all get the same, rounding is not to decide who does."""
 
 
 def attention_logit(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
@@ -96,7 +124,18 @@ def random(view: View, leaf: ScorerPlan, pages: Sequence[Page]) -> Array:
 
 
 def draw(*numbers: int) -> float:
-    """A number in [0, 1) out of integers: splitmix64's finaliser chained over them, its top 24 bits."""
+    """A number in [0, 1) out of integers."""
+    return drawn(*numbers) / 2**24
+
+
+@cache
+def gumbel(*numbers: int) -> float:
+    """A Gumbel number out of integers: of the 24 bits the last is set, so that neither logarithm is of 0."""
+    return -math.log(-math.log1p(-(drawn(*numbers) | 1) / 2**24))
+
+
+def drawn(*numbers: int) -> int:
+    """24 bits: the upper ones of splitmix64's finaliser chained over the numbers."""
     mask, state = 2**64 - 1, 0
     for number in numbers:
         state ^= (number + 0x9E3779B97F4A7C15) & mask
@@ -105,17 +144,22 @@ def draw(*numbers: int) -> float:
         state ^= state >> 27
         state = state * 0x94D049BB133111EB & mask
         state ^= state >> 31
-    return (state >> 40) / 2**24
+    return state >> 40
 
 
 TOKEN_SIGNALS: dict[str, TokenSignal] = {
     "attention": attention,
+    "gumbel-attention": gumbel_attention,
+    "above-average": above_average,
     "attention-logit": attention_logit,
     "key-norm": key_norm,
     "value-norm": value_norm,
     "key-anchor": key_anchor,
     "key-similarity": key_similarity,
+    "lag": lag,
 }
+MARGINS: dict[str, TokenSignal] = {"above-average": shares, "lag": lag_margins}
+"""Of signals that decide something themselves: how close to the bar a token came, or to another; 1 is on the spot."""
 UNIT_SIGNALS: dict[str, UnitSignal] = {"page-bound": page_bound, "recency": recency, "random": random}
 
 
@@ -129,14 +173,33 @@ def signal(
     if leaf.signal in UNIT_SIGNALS or (leaf.signal not in TOKEN_SIGNALS and definition(leaf.signal).units):
         of_units = UNIT_SIGNALS.get(leaf.signal) or plugged_in(leaf.signal)
         return _over_heads(leaf, _over_queries(leaf, of_units(view, leaf, pages)))
-    everything = np.ones(len(view.tokens), dtype=bool)
-    over = {"cache": everything, "pool": view.holds(own), "candidates": view.holds(candidates)}[leaf.over]
-    ranked = view.holds(own if leaf.signal == "key-anchor" else pages)
     of_tokens = TOKEN_SIGNALS.get(leaf.signal) or plugged_in(leaf.signal)
-    tokens = of_tokens(view, leaf, over & view.read, ranked)
+    tokens = of_tokens(view, leaf, *_tokens_meant(view, leaf, pages, own, candidates))
     tokens = _over_heads(leaf, _over_queries(leaf, tokens))
     columns, starts = view.columns(pages)
     return np.maximum.reduceat(tokens[columns], starts)
+
+
+def narrowest(
+    view: View, leaf: ScorerPlan, pages: Sequence[Page], own: Sequence[Page], candidates: Sequence[Page]
+) -> Array | None:
+    """How narrowly the signal decided about each page, 1 being on the spot; None where it decides nothing itself."""
+    if leaf.signal not in MARGINS:
+        return None
+    margins = MARGINS[leaf.signal](view, leaf, *_tokens_meant(view, leaf, pages, own, candidates))
+    by_token = margins.reshape(-1, len(view.tokens))
+    columns, starts = view.columns(pages)
+    by_page = np.split(by_token[:, columns], starts[1:], axis=1)
+    return np.array([ratios.flat[np.abs(ratios - 1).argmin()] for ratios in by_page])
+
+
+def _tokens_meant(
+    view: View, leaf: ScorerPlan, pages: Sequence[Page], own: Sequence[Page], candidates: Sequence[Page]
+) -> tuple[Array, Array]:
+    """``over`` and ``ranked``, as token signals take them."""
+    everything = np.ones(len(view.tokens), dtype=bool)
+    over = {"cache": everything, "pool": view.holds(own), "candidates": view.holds(candidates)}[leaf.over]
+    return over & view.read, view.holds(own if leaf.signal == "key-anchor" else pages)
 
 
 @cache

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvpolicy.language import Quantity
 from kvpolicy.oracle.pools import Pool, new_pools, share_out, tokens_of, update_order
-from kvpolicy.oracle.records import Choice, Hit, PoolStep, Step
+from kvpolicy.oracle.records import Choice, Hit, PoolStep, Reading, Step
 from kvpolicy.oracle.scoring import Scoring, best
 from kvpolicy.oracle.signals import softmax
 from kvpolicy.oracle.text import Array, Memory, Rotate, Text, View
@@ -31,6 +31,7 @@ class Pass:
     fires: bool
     views: list[View] = field(default_factory=list)
     read: list[dict[str, frozenset[int]]] = field(default_factory=list)
+    readings: dict[tuple[int, str], Reading] = field(default_factory=dict)
     probabilities: list[Array] = field(default_factory=list)
     output: Array | None = None
     hits: list[Hit] = field(default_factory=list)
@@ -75,6 +76,19 @@ class OracleLayer:
         self._open(kind, more, self.text.append(queries, keys, values, logits))
         self._admit(special, modality)
         self._read()
+        self.arrived = _copied(self.heads) if self.now.readings else self.heads  # for adopt_reading()
+        return self._attend_and_learn()
+
+    def adopt_reading(self, read: Sequence[Mapping[str, frozenset[int]]]) -> Step:
+        """Do the pass again from step 3, reading what another read: per KV head, pool -> positions."""
+        self.heads = _copied(self.arrived)
+        self.now.read = [{**own, **theirs} for own, theirs in zip(self.now.read, read, strict=True)]
+        for view, shown in zip(self.now.views, self.now.read, strict=True):
+            view.read = np.isin(view.tokens, sorted(frozenset().union(*shown.values())))
+        self.now.probabilities, self.now.hits = [], []
+        return self._attend_and_learn()
+
+    def _attend_and_learn(self) -> Step:
         self._attend()
         self._observe()
         due = any(self._due(pool.plan) for pool in self._pools())
@@ -139,10 +153,13 @@ class OracleLayer:
             for name, pool in pools.items():
                 if self.now.kind == "generated" and pool.plan.read is not None and pool.pages:
                     units = -(-self._tokens(pool.plan.read.top, head) // pool.plan.page)
-                    scores = self._scoring(view, name, np.zeros(len(pool.pages), dtype=bool), reading=True).scores()
-                    older = np.arange(len(pool.pages)) < len(pool.pages) - 1
-                    chosen = ~older | best(units - 1, pool.pages, scores, older)
-                    read[name] = tokens_of([page for page, yes in zip(pool.pages, chosen, strict=True) if yes])
+                    scoring = self._scoring(view, name, np.zeros(len(pool.pages), dtype=bool), reading=True)
+                    scores = scoring.scores()
+                    older = pool.without_newest()
+                    chosen = best(units - int((~older).sum()), pool.pages, scores, older)
+                    self.now.readings[head, name] = _reading(pool, scores, older, chosen, scoring.hits)
+                    shown = chosen | ~older
+                    read[name] = tokens_of([page for page, yes in zip(pool.pages, shown, strict=True) if yes])
             view.read = np.isin(tokens, sorted(frozenset().union(*read.values())))
             self.now.views.append(view)
             self.now.read.append(read)
@@ -273,6 +290,7 @@ class OracleLayer:
                     units={page.position: tuple(page.positions) for page in pool.pages},
                     size=pool.size,
                     choice=choices.get((head, name)),
+                    reading=self.now.readings.get((head, name)),
                 )
             heads.append(steps)
         return Step(
@@ -300,6 +318,13 @@ def _deciding_together(heads: Sequence[int], plans: Sequence[PoolPlan]) -> list[
     alone = [[head] for head, plan in limited if plan.scope == "kv-head"]
     shared = [[head for head, plan in limited if plan.scope == scope] for scope in ("layer", "across-heads")]
     return alone + [together for together in shared if together]
+
+
+def _reading(pool: Pool, scores: Array, older: Array, chosen: Array, hits: Sequence[Hit]) -> Reading:
+    rows = list(zip(pool.pages, scores, older, chosen, strict=True))
+    among = {page.position: float(score) for page, score, yes, _ in rows if yes}
+    units = {page.position: tuple(page.positions) for page, _, yes, _ in rows if yes}
+    return Reading(among, units, frozenset(page.position for page, _, _, yes in rows if yes), tuple(hits))
 
 
 def _choice(budget: int, pool: Pool, scores: Array, candidates: Array, lowest: Array, gone: Array) -> Choice:

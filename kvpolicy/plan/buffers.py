@@ -17,6 +17,10 @@ def layer_buffers(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> tupl
         Buffer("values", (*slots, geometry.head_dim), geometry.dtype),
         Buffer("position", slots, "int32"),
     ]
+    if layer.window_queries:
+        window = layer.window_queries
+        buffers.append(Buffer("queries", (batch, geometry.query_heads, window, geometry.head_dim), geometry.dtype))
+        buffers.append(Buffer("query_position", (batch, window), "int32"))
     for pool in layer.pools:
         buffers.extend(_pool_buffers(layer, pool, geometry, batch))
     return tuple(buffers)

@@ -11,6 +11,7 @@ from kvpolicy.errors import PolicyError, UsageError
 from kvpolicy.language import Policy, Quantity, QuantityError, Range
 from kvpolicy.language.base import Complaint
 from kvpolicy.language.policy import Pool, Scorer
+from kvpolicy.language.signals import definition
 from kvpolicy.plan.buffers import clock_buffers, layer_buffers
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.sizes import Lengths, size_pools
@@ -171,7 +172,10 @@ def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: Path) -> S
             planned = (_plan_scorer(policy, part, known, (*where, op, n)) for n, part in enumerate(parts))
             return ScorerPlan(op=op, weight=weight, parts=tuple(planned))
     assert scorer.signal is not None
-    args = tuple((key, _argument(policy, value, known, where)) for key, value in sorted(scorer.signal.args.items()))
+    args = tuple(
+        (key, _argument(policy, scorer.signal.name, key, value, known, where))
+        for key, value in sorted(scorer.signal.args.items())
+    )
     queries: str | int = scorer.queries.kind
     if scorer.queries.kind == "last":
         assert scorer.queries.last is not None
@@ -198,11 +202,14 @@ def _plan_scorer(policy: Policy, scorer: Scorer, known: Known, where: Path) -> S
     )
 
 
-def _argument(policy: Policy, value: object, known: Known, where: Path) -> object:
+def _argument(policy: Policy, signal: str, key: str, value: object, known: Known, where: Path) -> object:
     """An argument as recipes get it: an int, a float or a word."""
     if not isinstance(value, Quantity):
         return value
-    number = _number(policy, value, known, where)
+    number, least = _number(policy, value, known, where), definition(signal).arguments[key].least
+    if least is not None and number < least:
+        reason = f"`{key}` of `{signal}` is {float(number):g} in layer {known['layer']}; the least is {float(least):g}"
+        raise _refusal(policy, where, reason)
     return number.numerator if number.denominator == 1 else float(number)
 
 

@@ -67,7 +67,7 @@ def size_pools(
         sized[index] = replace(pool, capacity=max(pool.capacity, pool.page))
     offset = 0
     for index, pool in enumerate(sized):
-        sized[index] = replace(pool, offset=offset)
+        sized[index] = replace(pool, offset=offset, read_units=_read_units(pool, ranges, pool.name in fed))
         offset += pool.capacity
     return tuple(sized)
 
@@ -75,6 +75,15 @@ def size_pools(
 def _in_turns(tokens: int, page: int, lengths: Lengths) -> int:
     """The most whole-page tokens that so many make: every turn but the last may leave a page part full."""
     return in_pages(tokens, page) + (lengths.turns - 1) * (page if page > 1 else 0)
+
+
+def _read_units(pool: PoolPlan, ranges: dict[str, Range], fed: bool) -> int:
+    """The most units that one pass reads beside the newest, which only what arrives from the text has."""
+    if pool.read is None:
+        return 0
+    high = pool.read.top.bound(ranges).high
+    most = pool.units if high == math.inf else -(-max(0, math.floor(high)) // pool.page)
+    return min(pool.units, most if fed else max(0, most - 1))
 
 
 def _most(pool: PoolPlan, lengths: Lengths) -> int:

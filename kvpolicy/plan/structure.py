@@ -105,7 +105,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages."""
+    """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages.
+
+    One update of a generated pass drops at most ``victims`` units (0: any number); one generated pass reads at most
+    ``read_units`` of them beside the newest.
+    """
 
     name: str
     admits: frozenset[str]
@@ -127,6 +131,7 @@ class PoolPlan:
     bound: int = 0
     offset: int = 0
     victims: int = 0
+    read_units: int = 0
     size_read: bool = False
     above: frozenset[str] = frozenset()
 
@@ -184,6 +189,12 @@ class LayerPlan:
     order: tuple[int, ...]
     heads: tuple[tuple[PoolPlan, ...], ...] | None = None
     buffers: tuple[Buffer, ...] = ()
+
+    @property
+    def window_queries(self) -> int:
+        """w: the most newest queries that a scorer of ``queries: {last: w}`` averages over; 0 where there is none."""
+        leaves = (leaf for pool in self.pools if pool.evicts for leaf in pool.scorer.leaves())
+        return max((leaf.queries for leaf in leaves if isinstance(leaf.queries, int)), default=0)
 
     @property
     def slots(self) -> int:

@@ -43,8 +43,6 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
         yield "evict scope across-heads"
     if pool.to is not None:
         yield "evict {to: …}"
-    if pool.read is not None:
-        yield "read {top: …}"
     if pool.store is not None:
         yield "store bits"
     if pool.evicts:
@@ -53,9 +51,5 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
 
 
 def _leaf(leaf: ScorerPlan) -> Iterator[str]:
-    if leaf.queries not in ("current", "all"):
-        yield "queries {last: …}"
     if leaf.signal not in SIGNALS and definition(leaf.signal).torch is None:
         yield f"signal {leaf.signal}, which {origin(leaf.signal)} gives no torch recipe"
-    if leaf.signal == "key-similarity":
-        yield "signal key-similarity"

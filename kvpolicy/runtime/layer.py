@@ -15,20 +15,31 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.attention import attend_prompt, attend_prompt_and_sum, attend_slots, prompt_scores
+from kvpolicy.attention import (
+    attend_pages,
+    attend_part,
+    attend_prompt,
+    attend_prompt_and_sum,
+    attend_slots,
+    merge_parts,
+    newest_queries,
+    prompt_scores,
+)
 from kvpolicy.attention.backends import TORCH, TRITON
+from kvpolicy.attention.kernels.library import attend_pages as kernel_pages
 from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_scores
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks, Places
-from kvpolicy.runtime.evict import drop_all_at_once, drop_some, record_size
+from kvpolicy.runtime.evict import drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
-from kvpolicy.runtime.packing import pack
+from kvpolicy.runtime.packing import outlives_slots, pack
 from kvpolicy.runtime.pool import PoolPolicy, readings
+from kvpolicy.runtime.reading import Reader, read_slots
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.turn import Turn
-from kvpolicy.scorers.sight import EveryQuery, NewestQuery, Sight, sums_probabilities
+from kvpolicy.scorers.sight import EveryQuery, LastQueries, NewestQuery, Sight, masked_softmax, sums_probabilities
 
 PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 
@@ -65,6 +76,9 @@ class PolicyLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
     is_sliding = False
+    shows_reading = False
+    """Whether generated passes tell in ``chosen`` which units they read of each pool that selects [B, K, P], and in
+    ``attended`` the positions that were resident then [B, K, S]: for who looks on, at a price."""
 
     def __init__(
         self,
@@ -90,6 +104,10 @@ class PolicyLayer(CacheLayerMixin):
         self.state = LayerState(plan, self.device)
         self.policies = {pool.name: PoolPolicy(pool) for pool in plan.pools}
         self.ordered = [plan.pools[index] for index in plan.order]
+        fed = {pool.to for pool in plan.pools}
+        self.chosen: dict[str, Tensor] = {}
+        self.readers = [Reader(pool, pool.name in fed) for pool in plan.pools if pool.read is not None]
+        self.stretches = _stretches(plan)
         self.arrival = next((pool for pool in plan.pools if "generated" in pool.admits), None)
         self.reads_logits = {kind: _reads_logits(plan, kind) for kind in (PLAIN, UPDATE)}
         fusion = Fusion.of(plan, self.geometry) if self.backend == TRITON else f"the backend is {self.backend}"
@@ -108,7 +126,7 @@ class PolicyLayer(CacheLayerMixin):
         self._adopt(plan)
         pack(old, self.state, self.clocks)
         for name, tensor in old.tensors.items():
-            if name.endswith(".peak"):
+            if outlives_slots(name):
                 self.state.tensors[name].copy_(tensor)
 
     def pool_peak(self, pool: PoolPlan) -> Tensor:
@@ -160,11 +178,17 @@ class PolicyLayer(CacheLayerMixin):
     # One generated token a row ------------------------------------------------------------------------------------
 
     def _token(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, kind: str) -> Tensor:
+        state = self.state
+        if "queries" in state.tensors:
+            self._remember_query(query)
         if self.fused is not None:
             return self.fused(query, key, value, scaling, kind == UPDATE)
-        state = self.state
         self._admit(key, value)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
+        if self.readers:
+            out, sight = self._attend_to_chosen(grouped, scaling, kind)
+            self._learn_and_drop(sight, kind == UPDATE)
+            return rearrange(out, "b k g d -> b 1 (k g) d")
         sight = NewestQuery(state, scaling, {}, grouped)
         if self.backend == TRITON:
             wanted = self.reads_logits[kind]
@@ -180,6 +204,44 @@ class PolicyLayer(CacheLayerMixin):
             out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible, scale=scaling)
         self._learn_and_drop(sight, kind == UPDATE)
         return rearrange(out, "b k g d -> b 1 (k g) d")
+
+    def _attend_to_chosen(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
+        """Steps 2 and 3 where pools select: attention of one query a row [B, K, G, D] over what is read.
+
+        Unless a scorer needs the logits of every slot, those that are not read are never touched.
+        """
+        state, clocks = self.state, self.clocks
+        hidden = state.position < 0
+        sight = NewestQuery(state, scaling, {}, query)
+        if self.reads_logits[kind] or any(reader.reads_logits for reader in self.readers):
+            sight = NewestQuery.of(state, query, hidden, scaling)
+        values = readings(state, clocks)
+        chosen = {reader.name: reader.choose(state, clocks, values, sight) for reader in self.readers}
+        sight.candidates = {}
+        if self.shows_reading:
+            self.chosen, self.attended = chosen, state.position.clone()
+        if self.reads_logits[kind]:
+            sight.read = read_slots(state, chosen)
+            sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None])
+            return torch.matmul(sight.probabilities.to(state.values.dtype), state.values), sight
+        attend_paged = kernel_pages if self.backend == TRITON else attend_pages
+        parts = []
+        for pools in self.stretches:
+            span = slice(pools[0].offset, pools[-1].offset + pools[-1].capacity)
+            given = (query, state.keys[:, :, span], state.values[:, :, span])
+            if pools[0].name in chosen:
+                index = chosen[pools[0].name].int()
+                parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
+            else:
+                parts.append(attend_part(*given, hidden[:, :, span], scaling))
+        return merge_parts(*zip(*parts, strict=True))[0] if len(parts) > 1 else parts[0][0], sight
+
+    def _remember_query(self, query: Tensor) -> None:
+        """Put the newest query [B, Q, 1, D] over the oldest of the window."""
+        queries, position = self.state.tensors["queries"], self.state.tensors["query_position"]
+        row, place = self.state.rows[:, 0], self.clocks.position % queries.shape[2]
+        queries[row, :, place] = query[:, :, 0]
+        position[row, place] = self.clocks.position
 
     def _admit(self, key: Tensor, value: Tensor) -> None:
         state, clocks, pool = self.state, self.clocks, self.arrival
@@ -212,6 +274,9 @@ class PolicyLayer(CacheLayerMixin):
         for policy in working:
             if update or policy.remembers:
                 sight.candidates[policy.name] = policy.candidates(state, clocks, values)
+        if update:
+            before = state.position.clone() if len(working) > 1 else state.position
+            sights |= self._windows(working, state, before, sight)
         for policy in working:
             policy.observe(sights, clocks, values)
         for pool in self.ordered:
@@ -219,11 +284,31 @@ class PolicyLayer(CacheLayerMixin):
                 policy, values = self.policies[pool.name], readings(state, clocks)
                 if policy.guards_by_size:
                     sight.candidates[pool.name] = policy.candidates(state, clocks, values)
+                policy.look_back(sights, clocks, values, fires(pool, clocks))
                 score = policy.score(sights, clocks, values)
                 drop_some(policy, state, clocks, values, score, sight.candidates[pool.name])
             changes = update if pool.evicts else "generated" in pool.admits
             if pool.size_read and pool.cadence > 0 and changes:
                 record_size(pool, state, clocks)
+
+    def _windows(
+        self,
+        working: list[PoolPolicy],
+        state: LayerState,
+        position: Tensor,
+        seen: Sight,
+    ) -> dict[str, Sight]:
+        """What the newest queries see, by how many of them; ``position`` is the state's while the pass attended, and
+        ``seen`` what that saw."""
+        sights: dict[str, Sight] = {}
+        for last in sorted({last for policy in working for last in policy.windows}):
+            queries, placed = self.state.tensors["queries"], self.state.tensors["query_position"]
+            if last < queries.shape[2]:
+                queries, placed = newest_queries(queries, placed, last)
+            sights[str(last)] = LastQueries(
+                state, seen.scaling, seen.candidates, queries, placed, position, read=seen.read
+            )
+        return sights
 
     # A prompt pass ------------------------------------------------------------------------------------------------
 
@@ -242,11 +327,22 @@ class PolicyLayer(CacheLayerMixin):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
             out = attend_prompt(query, wide.keys, wide.values, moment.position, wide.position, scaling)
+        if "queries" in self.state.tensors:
+            self._remember_queries(query, moment.position)
         self._learn_and_drop_prompt(query, wide, scaling, sums)
         if not moment.more:
             pack(self.turn.state, self.state, self.clocks)
             self.turn = None
         return rearrange(out, "b q n d -> b n q d")
+
+    def _remember_queries(self, query: Tensor, position: Tensor) -> None:
+        """Put a prompt pass's newest queries [B, Q, N, D] into the window: each lies at its position modulo w."""
+        window, placed = self.state.tensors["queries"], self.state.tensors["query_position"]
+        newest, place = newest_queries(query, position, window.shape[2])
+        row, which = (place >= 0).nonzero(as_tuple=True)
+        slot = place[row, which] % window.shape[2]
+        window[row, :, slot] = newest[row, :, which]
+        placed[row, slot] = place[row, which].to(placed.dtype)
 
     def _attend_and_sum(self, query: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
@@ -287,6 +383,7 @@ class PolicyLayer(CacheLayerMixin):
                 policy, values = self.policies[pool.name], readings(wide, clocks)
                 if policy.guards_by_size:
                     candidates[pool.name] = policy.candidates(wide, clocks, values)
+                policy.look_back(sights, clocks, values, spoken)
                 score = policy.score(sights, clocks, values)
                 drop_all_at_once(policy, wide, values, score, candidates[pool.name], spoken)
             if pool.size_read:
@@ -309,7 +406,8 @@ class PolicyLayer(CacheLayerMixin):
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
         scores = kernel_prompt_scores if self.backend == TRITON else prompt_scores
         every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores)
-        sights: dict[str, Sight] = {"all": every}
+        working = [self.policies[name] for name in candidates]
+        sights = {"all": every, **self._windows(working, wide, before, every)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
             return sights, active
         newest = position.argmax(1)
@@ -320,6 +418,17 @@ class PolicyLayer(CacheLayerMixin):
         current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), hidden, scaling)
         current.candidates = candidates
         return {"current": current, **sights}, active
+
+
+def _stretches(layer: LayerPlan) -> list[list[PoolPlan]]:
+    """Neighbouring pools that are read alike: whole, or each by its own choice."""
+    stretches: list[list[PoolPlan]] = []
+    for pool in layer.pools:
+        if stretches and pool.read is None and stretches[-1][-1].read is None:
+            stretches[-1].append(pool)
+        else:
+            stretches.append([pool])
+    return stretches
 
 
 def _reads_logits(layer: LayerPlan, kind: str) -> bool:

@@ -15,11 +15,12 @@ from kvpolicy.runtime.state import LayerState
 
 SLOT_BUFFERS = ("keys", "values", "position")
 BY_TOKEN = (".ordinal", ".special")  # a pool's buffers with an entry for every token; the others go by unit
+WINDOW_BUFFERS = ("queries", "query_position")
 
 
 def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
     """Move what is resident in ``wide`` into other slots, in order of position, and lay out the rings."""
-    peaks = {name: tensor.clone() for name, tensor in into.tensors.items() if name.endswith(".peak")}
+    kept_over = {name: tensor.clone() for name, tensor in into.tensors.items() if outlives_slots(name)}
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for pool in wide.plan.pools:
         resident = wide.resident_units(pool)
@@ -38,8 +39,13 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
         into.lay_ring(pool, count, clocks.streams[pool.stream].opened)
         if pool.size_read:
             into.tensors[f"{pool.name}.size"].copy_(wide.tensors[f"{pool.name}.size"])
-    for name, tensor in peaks.items():
+    for name, tensor in kept_over.items():
         into.tensors[name].copy_(tensor)
+
+
+def outlives_slots(name: str) -> bool:
+    """Whether a buffer stays what it was when the slots are laid out anew: the peak met, the newest queries."""
+    return name.endswith(".peak") or name in WINDOW_BUFFERS
 
 
 def carry(old: LayerState, wide: LayerState) -> None:

@@ -31,12 +31,28 @@ class PoolPolicy:
         self.name = plan.name
         self.scorer = plan.scorer
         self.leaves = [Leaf.of(leaf, number, plan.name) for number, leaf in enumerate(scoring_leaves(plan))]
+        self._know(plan)
+
+    @classmethod
+    def reading(cls, plan: PoolPlan) -> PoolPolicy:
+        """The same for what ``read`` ranks by; its leaves remember nothing and own no buffers, so count below 0."""
+        assert plan.read is not None
+        self = cls.__new__(cls)
+        self.name = plan.name
+        self.scorer = plan.read.scorer
+        self.leaves = [Leaf.of(leaf, -1 - number, plan.name) for number, leaf in enumerate(self.scorer.leaves())]
+        self._know(plan)
+        return self
+
+    def _know(self, plan: PoolPlan) -> None:
         for leaf in self.leaves:
             find(leaf.signal)
         self.budget = plan.budget.tree if plan.budget is not None else None
         self.window = plan.window.tree if plan.window is not None else None
         self.first = plan.first.tree if plan.first is not None else None
-        self.remembers = any(leaf.memory != "none" for leaf in self.leaves)
+        self.remembers = any(leaf.memory != "none" and not leaf.last for leaf in self.leaves)
+        """Whether it folds every pass it observes into a memory."""
+        self.windows = {leaf.last for leaf in self.leaves if leaf.last}
         limits = (plan.window, plan.first)
         self.guards_by_size = any(name.startswith("size(") for limit in limits if limit for name in limit.names)
 
@@ -103,12 +119,25 @@ class PoolPolicy:
         that is still empty: the turn's workspace is laid out before its tokens come.
         """
         for leaf in self.leaves:
-            if leaf.memory != "none":
+            if leaf.memory != "none" and not leaf.last:
                 sight = sights[leaf.queries]
                 score = self.pass_score(leaf, sight, values)
                 units = None
                 if active is not None:
                     units = active[:, None, None] & sight.state.resident_units(sight.state.pools[self.name])
+                fold(leaf, *self._memory(sight.state, leaf), score, clocks.t, units)
+
+    def look_back(
+        self, sights: Mapping[str, Sight], clocks: Clocks, values: Mapping[str, Whole], rows: Tensor | None
+    ) -> None:
+        """Fold what ``queries: {last: w}`` says into its memories: only where the pool updates, in ``rows`` [B]."""
+        for leaf in self.leaves:
+            if leaf.memory != "none" and leaf.last:
+                sight = sights[leaf.queries]
+                units = sight.state.resident_units(sight.state.pools[self.name])
+                if rows is not None:
+                    units = units & rows[:, None, None]
+                score = self.pass_score(leaf, sight, values)
                 fold(leaf, *self._memory(sight.state, leaf), score, clocks.t, units)
 
     def score(self, sights: Mapping[str, Sight], clocks: Clocks, values: Mapping[str, Whole]) -> Tensor:
@@ -138,7 +167,7 @@ class PoolPolicy:
 
     def pass_score(self, leaf: Leaf, sight: Sight, values: Mapping[str, Whole]) -> Tensor:
         """One leaf's value of this pass [B, K, U]: signal, smooth, norm, hit."""
-        if leaf.hit is not None and leaf.hit[0] == "top" and leaf.over == "cache":
+        if leaf.ranks_cache:
             return self._hits_of_cache(leaf, sight, values)
         pool = sight.state.pools[self.name]
         score = self._prepared(leaf, pool, sight, values)
@@ -197,7 +226,8 @@ class PoolPolicy:
 
     def may_stay(self, state: LayerState, candidate: Tensor, values: Mapping[str, Whole]) -> Tensor:
         """How many candidates fit the budget beside what is protected [B, K]."""
-        assert self.budget is not None
+        if self.budget is None:
+            return candidate.sum(-1)
         pool = state.pools[self.name]
         safe = (state.resident_units(pool) & ~candidate).sum(-1)
         return floored(self.budget, values) // pool.page - safe

@@ -38,6 +38,8 @@ class LayerState:
         for tensor in self.tensors.values():
             tensor.zero_()
         self.position.fill_(-1)
+        if "queries" in self.tensors:
+            self.tensors["query_position"].fill_(-1)
         nothing = torch.zeros(self.position.shape[:2], dtype=torch.int64, device=self.position.device)
         for pool in self.plan.pools:
             self.lay_ring(pool, nothing, nothing[:, 0])

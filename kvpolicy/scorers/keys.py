@@ -1,12 +1,14 @@
-"""key-norm, value-norm, key-anchor: what a token is worth by what is stored of it, without any query.
+"""key-norm, value-norm, key-anchor, key-similarity: what a token is worth by what is stored of it, without any query.
 
 key-norm (arXiv:2406.11430 keeps low norms: give it a negative weight) and value-norm are L2 norms; key-anchor
 (KeyDiff, arXiv:2504.15364: evicts what lies nearest to the anchor: negative weight too) is the cosine of a key with the
-mean of the L2-normalised resident keys of its pool and head.
+mean of the L2-normalised resident keys of its pool and head; key-similarity (R-KV, arXiv:2505.24133) is its mean cosine
+with all of them, copies of it that came before the newest left to count.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,3 +37,26 @@ def key_anchor(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     anchor = F.normalize(sight.unit_keys(own), dim=-1).masked_fill(~resident, 0.0).sum(2, keepdim=True)
     directions = F.normalize(sight.unit_keys(pool), dim=-1)
     return sight.state.page_max(pool, (directions * F.normalize(anchor, dim=-1)).sum(-1))
+
+
+@signal("key-similarity")
+def key_similarity(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
+    """Redundancy: the mean over the pool's keys of their cosine with this one; of a page, its most redundant token's.
+
+    In the row of each key the newest of those more alike than ``above`` counts nothing, so that of several copies the
+    newest looks least redundant and stays. Where hits are ranked over the cache, its other tokens are compared too.
+    O(S^2) in the slots compared.
+    """
+    state, span = sight.state, sight.state.span(pool)
+    everything = leaf.ranks_cache
+    position = state.position if everything else state.position[:, :, span]
+    resident = position >= 0
+    keys = sight.all_keys() if everything else sight.unit_keys(pool)
+    directions = F.normalize(keys, dim=-1).masked_fill(~resident[..., None], 0.0)
+    cosines = torch.matmul(directions, directions.transpose(2, 3))
+    cosines.diagonal(dim1=2, dim2=3).zero_()
+    alike = (cosines > float(leaf.args["above"])) & resident[:, :, None]
+    newest = torch.where(alike, position[:, :, None], -1).argmax(-1, keepdim=True)
+    spared = torch.zeros_like(alike).scatter_(-1, newest, alike.gather(-1, newest))
+    redundancy = cosines.masked_fill(spared, 0.0).sum(2) / resident.sum(-1, keepdim=True).clamp(min=1)
+    return state.page_max(pool, redundancy[:, :, span] if everything else redundancy)

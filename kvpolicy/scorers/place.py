@@ -20,10 +20,11 @@ def recency(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
 
 @signal("random")
 def random(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
-    """A number in [0, 1) drawn when the unit entered, see ``drawn``; for units of another pool it is drawn now."""
+    """A number in [0, 1) drawn when the unit entered, see ``drawn``; drawn now for another pool, and for reading."""
     state = sight.state
-    if pool.name == leaf.pool:
-        return state.tensors[f"{pool.name}.drawn.{leaf.number}"]
+    stored: Tensor | None = state.tensors.get(f"{pool.name}.drawn.{leaf.number}")
+    if pool.name == leaf.pool and stored is not None:
+        return stored
     place = state.unit_position(pool).long()
     return drawn(int(leaf.args.get("seed", 0)), state.layer, state.heads[..., None], place)
 

@@ -1,7 +1,7 @@
 """What a scorer can see of a pass: the queries that score, the slots, and who may be dropped.
 
-Two kinds: ``NewestQuery`` sees one query a row (every generated pass; ``queries: current`` of a prompt pass), and
-``EveryQuery`` sums over all queries of a prompt pass in tiles.
+Three kinds: ``NewestQuery`` sees one query a row (every generated pass; ``queries: current`` of a prompt pass),
+``EveryQuery`` sums over all queries of a prompt pass, and ``LastQueries`` averages over a row's newest.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from kvpolicy.attention import prompt_scores, reduce_heads, scaled_logits
+from kvpolicy.attention import Reduce, column_sums, prompt_scores, reduce_heads, scaled_logits
 from kvpolicy.errors import UsageError
 from kvpolicy.plan import PoolPlan, ScorerPlan
 
@@ -39,6 +40,16 @@ class Leaf:
     memory: str
     memory_value: float
     weight: float
+
+    @property
+    def ranks_cache(self) -> bool:
+        """Whether its hits are the best of the units of all pools of the layer."""
+        return self.hit is not None and self.hit[0] == "top" and self.over == "cache"
+
+    @property
+    def last(self) -> int:
+        """w of ``queries: {last: w}``; 0 for the other kinds."""
+        return int(self.queries) if self.queries.isdigit() else 0
 
     @classmethod
     def of(cls, plan: ScorerPlan, number: int, pool: str) -> Leaf:
@@ -68,12 +79,14 @@ class Sight:
     """The slots as scorers see them, in one layer and pass.
 
     ``state`` offers keys, values, positions and buffers (``runtime.state.LayerState``); ``candidates`` maps a pool's
-    name to its unprotected resident units [B, K, U].
+    name to its unprotected resident units [B, K, U]; ``read`` are the slots [B, K, S] that the pass reads, None
+    where it reads all.
     """
 
     state: Any
     scaling: float
     candidates: dict[str, Tensor] = field(default_factory=dict)
+    read: Tensor | None = field(default=None, kw_only=True)
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         """Attention mass on the tokens of a pool, heads reduced: [B, K, U * page]."""
@@ -88,13 +101,26 @@ class Sight:
         raise NotImplementedError
 
     def domain(self, pool: PoolPlan, leaf: Leaf) -> Tensor | None:
-        """The slots [B, K, S] over which ``over`` takes the softmax; None for the whole cache."""
+        """The slots [B, K, S] over which ``over`` takes the softmax, as far as they are read; None for all."""
         if leaf.over == "cache":
-            return None
+            return self.read
         inside = torch.zeros_like(self.state.position, dtype=torch.bool)
         units = self.candidates[pool.name] if leaf.over == "candidates" else self.state.resident_units(pool)
         inside[:, :, self.state.span(pool)] = units[..., None].expand(-1, -1, -1, pool.page).flatten(2)
-        return inside
+        return inside if self.read is None else inside & self.read
+
+    def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
+        """Any signal of queries, heads reduced: [B, K, U * page].
+
+        ``reduce`` maps masked float32 logits [H, G, n, S] (H of the B * K rows and KV heads, which ones ``some`` says;
+        -inf where a query sees no token) to what each of the n queries says of each slot, [H, G', n, S]. That is then
+        summed over the queries (``all``), averaged (``{last: w}``), or is that of the one query there is.
+        """
+        raise NotImplementedError
+
+    def all_keys(self) -> Tensor:
+        """Keys of the layer by slot [B, K, S, D] in float32."""
+        return self.state.keys.float()
 
     def unit_keys(self, pool: PoolPlan) -> Tensor:
         """Keys of a pool by slot [B, K, U * page, D] in float32."""
@@ -137,13 +163,22 @@ class NewestQuery(Sight):
         domain = self.domain(pool, leaf)
         if leaf.heads == "logits-max":
             return masked_softmax(self.all_logits.amax(2), domain)[:, :, span]
-        if domain is None:
+        if leaf.over == "cache":
             return reduce_heads(self.probabilities[..., span], leaf.heads)
+        assert domain is not None
         return reduce_heads(masked_softmax(self.all_logits, domain[:, :, None])[..., span], leaf.heads)
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         self._check_logits(leaf)
         return reduce_heads(finite(self.all_logits[..., self.state.span(pool)]), leaf.heads)
+
+    def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
+        self._check_logits(leaf)
+        logits, domain = self.all_logits, self.domain(pool, leaf)
+        if domain is not None:
+            logits = logits.masked_fill(~domain[:, :, None], float("-inf"))
+        values = reduce(logits.flatten(0, 1)[:, :, None], slice(None)).squeeze(2)
+        return reduce_heads(values.unflatten(0, logits.shape[:2])[..., self.state.span(pool)], leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
@@ -187,16 +222,20 @@ class EveryQuery(Sight):
     scores: PromptScores = prompt_scores
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
-        span, domain = self.state.span(pool), self.domain(pool, leaf)
         if self.probabilities is not None and sums_probabilities(leaf):
-            return reduce_heads(self.probabilities[..., span], leaf.heads)
-        position = self.position if domain is None else torch.where(domain, self.position, -1)
-        return self._sum(self.query, self.state.keys, position, "attention", leaf.heads)[:, :, 0, span]
+            return reduce_heads(self.probabilities[..., self.state.span(pool)], leaf.heads)
+        position = self._seen(pool, leaf)
+        return self._sum(self.query, self.state.keys, position, "attention", leaf.heads)[:, :, 0, self.state.span(pool)]
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span = self.state.span(pool)
         keys, position = self.state.keys[:, :, span], self.position[:, :, span]
         return self._sum(self.query, keys, position, "logits", leaf.heads)[:, :, 0]
+
+    def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
+        position = self._seen(pool, leaf)
+        total = column_sums(self.query, self.state.keys, self.query_position, position, self.scaling, reduce)
+        return reduce_heads(total[..., self.state.span(pool)], leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
@@ -209,8 +248,67 @@ class EveryQuery(Sight):
         )
         return reduce_heads(above + below, leaf.heads)
 
+    def _seen(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        """Positions [B, K, S] of what the softmax is taken over; -1 elsewhere."""
+        domain = self.domain(pool, leaf)
+        return self.position if domain is None else torch.where(domain, self.position, -1)
+
     def _sum(self, query: Tensor, keys: Tensor, position: Tensor, signal: str, heads: str) -> Tensor:
         return self.scores(query, keys, self.query_position, position, self.scaling, signal, heads)
+
+
+@dataclass
+class LastQueries(Sight):
+    """The newest w queries of each row, averaged (SnapKV, arXiv:2404.14469; R-KV, arXiv:2505.24133).
+
+    ``query`` [B, Q, w, D] at ``query_position`` [B, w], -1 where a row has had fewer. They look at what is resident
+    now: ``position`` [B, K, S] is the state's when the pass attended. All at once: w is small.
+    """
+
+    query: Tensor = None  # type: ignore[assignment]
+    query_position: Tensor = None  # type: ignore[assignment]
+    position: Tensor = None  # type: ignore[assignment]
+
+    def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        def reduce(logits: Tensor, some: slice) -> Tensor:
+            return masked_softmax(logits.amax(1, keepdim=True) if leaf.heads == "logits-max" else logits, None)
+
+        return self.summed(pool, leaf, reduce)
+
+    def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        span = self.state.span(pool)
+        logits = finite(self._dot(self.query, self.state.keys[:, :, span], self.position[:, :, span]))
+        return reduce_heads(self._mean(logits), leaf.heads)
+
+    def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
+        domain = self.domain(pool, leaf)
+        position = self.position if domain is None else torch.where(domain, self.position, -1)
+        logits = self._dot(self.query, self.state.keys, position)
+        values = reduce(logits.flatten(0, 1), slice(None)).unflatten(0, logits.shape[:2])
+        return reduce_heads(self._mean(values)[..., self.state.span(pool)], leaf.heads)
+
+    def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
+        if pool.page == 1:
+            return self.logits(pool, leaf)
+        high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        place = self.state.unit_position(pool)  # a page says nothing to queries before its first token
+        above, below = (
+            finite(self._dot(side, box, place))
+            for side, box in ((self.query.clamp(min=0), high), (self.query.clamp(max=0), low))
+        )
+        return reduce_heads(self._mean(above + below), leaf.heads)
+
+    def _dot(self, query: Tensor, keys: Tensor, position: Tensor) -> Tensor:
+        """Scaled q.k in float32 [B, K, G, w, S]; -inf where a slot is empty, or its token later than the query."""
+        grouped = rearrange(query * self.scaling, "b (k g) w d -> b k (g w) d", k=keys.shape[1])
+        logits = torch.matmul(grouped, keys.transpose(2, 3)).float().unflatten(2, (-1, query.shape[2]))
+        place = position[:, :, None, None]
+        return logits.masked_fill((place < 0) | (place > self.query_position[:, None, None, :, None]), float("-inf"))
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """[B, K, G', w, S] -> [B, K, G', S]: over the queries that a row has had."""
+        count = (self.query_position >= 0).sum(1).clamp(min=1)
+        return values.sum(3) / count[:, None, None, None]
 
 
 def sums_probabilities(leaf: Leaf) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpolicy.oracle import Choice, Hit, Kept, Memories, Oracle, Rotate, Step
+from kvpolicy.oracle import Choice, Hit, Kept, Memories, Oracle, PoolStep, Rotate, Step
 from kvpolicy.plan import Plan, PoolPlan, ScorerPlan
 from kvpolicy.testing.float32 import RELATIVE, STEEP, bound, boundary, grain
 
@@ -29,7 +29,8 @@ class NearTie:
     """A choice that float32 could not tell from the oracle's: units by their positions.
 
     ``gap`` is the largest difference of two scores that were swapped, ``bound`` what float32 may be off by; both are 0
-    where a hit on the boundary, in this pass or an earlier one, is the reason (``hit``). A gap of 0 without it is a tie
+    where a hit on the boundary, in this pass or an earlier one, is the reason (``hit``). With ``reading`` it is about
+    what was read: each read units that the other did not. A gap of 0 without it is a tie
     that even float64 sees: more than a few of them mean that the runtime breaks ties the other way.
     """
 
@@ -43,11 +44,13 @@ class NearTie:
     gap: float
     bound: float
     hit: bool
+    reading: bool = False
 
     def __str__(self) -> str:
         why = "a hit on the boundary" if self.hit else f"scores {self.gap:.3g} apart, bound {self.bound:.3g}"
         place = f"layer {self.layer}, row {self.row}, KV head {self.head}, pool {self.pool}, t {self.t}"
-        return f"{place}: oracle drops {list(self.oracle)}, runtime {list(self.runtime)} ({why})"
+        does = "reads" if self.reading else "drops"
+        return f"{place}: oracle {does} {list(self.oracle)}, runtime {list(self.runtime)} ({why})"
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Agreement:
         modality: Sequence[Sequence[str | None]] | None = None,
         output: Any | None = None,
         memory: Sequence[Memories] | None = None,
+        read: Sequence[Sequence[Mapping[str, frozenset[int]]]] | None = None,
     ) -> list[Step]:
         """Give the oracle one pass of one layer, and compare. Arrays or tensors, as the runtime's layer takes them.
 
@@ -101,6 +105,7 @@ class Agreement:
             output: [B, N, Q, D] of the runtime's attention, compared where valid.
             memory: one mapping a row of what the runtime's units remember after the pass. Stamps of hits must then be
                 the oracle's own, and where a hit lay on the boundary the oracle takes over the runtime's.
+            read: per row and KV head the positions read of each pool that selects, where that is known.
 
         Raises:
             Disagreement: the first difference that float32 does not explain.
@@ -122,6 +127,8 @@ class Agreement:
         self.longest_key = max(self.longest_key, _longest(key))
         most = _longest(query) * self.longest_key * (scaling or query.shape[-1] ** -0.5)
         for row, step in enumerate(steps):
+            if read is not None:
+                steps[row] = step = self._check_read(step, read[row])
             if output is not None:
                 self._check_output(step, array(output)[row][rows[row]], self.output_tolerance * max(1.0, most / STEEP))
             doubts = self.doubts.setdefault((layer, row), Doubts())
@@ -163,6 +170,48 @@ class Agreement:
                     )
             kept.append(pools)
         return kept
+
+    def _check_read(self, step: Step, read: Sequence[Mapping[str, frozenset[int]]]) -> Step:
+        """Equal, or explained by float32; then the oracle reads what the runtime read."""
+        ties = []
+        for head, pools in enumerate(read):
+            for pool in self._pools(step.layer, head):
+                own, theirs = step.heads[head][pool.name], pools.get(pool.name)
+                if theirs is None or own.read == theirs:
+                    continue
+                tie = self._near_reading(step, head, pool, own, theirs)
+                if tie is None:
+                    raise Disagreement(
+                        f"layer {step.layer}, row {step.row}, KV head {head}, pool {pool.name}, t {step.t}: the oracle "
+                        f"reads {sorted(own.read)}, the runtime {sorted(theirs)}"
+                    )
+                ties.append(tie)
+        self.near_ties += ties
+        return self.oracle.adopt_reading(step.layer, step.row, read) if ties else step
+
+    def _near_reading(
+        self, step: Step, head: int, pool: PoolPlan, own: PoolStep, theirs: frozenset[int]
+    ) -> NearTie | None:
+        """What excuses another choice of what is read, or None."""
+        assert own.reading is not None and pool.read is not None
+        scores, units = own.reading.scores, own.reading.units
+        chosen = frozenset(unit for unit in scores if unit in theirs)
+        always = own.read - {token for unit in own.reading.chosen for token in units[unit]}
+        if always.union(*(units[unit] for unit in chosen)) != theirs:
+            return None
+        lost, won = own.reading.chosen - chosen, chosen - own.reading.chosen
+        if len(lost) != len(won):
+            return None
+        kind, gap, most = grain(pool.read.scorer), 0.0, 0.0
+        leaves = list(pool.read.scorer.leaves())
+        unsure = {unit for hit in own.reading.hits for unit in boundary(hit, leaves[hit.leaf], self.relative)}
+        for high, low in ((a, b) for a in lost - unsure for b in won - unsure):
+            limit = bound(kind, self.relative, scores, high, low)
+            if kind == "exact" or scores[high] - scores[low] > limit:
+                return None
+            gap, most = max(gap, scores[high] - scores[low]), max(most, limit)
+        place = (step.layer, step.row, head, pool.name, step.t)
+        return NearTie(*place, tuple(sorted(lost)), tuple(sorted(won)), gap, most, bool(unsure), reading=True)
 
     def _check_kept(self, step: Step, kept: Kept, doubts: Doubts) -> Step:
         """Equal, or explained by float32; then the oracle goes on from the runtime's choice."""
@@ -267,12 +316,15 @@ class Doubts:
 
     def take(self, hits: Sequence[Hit], scorers: Mapping[tuple[int, str], ScorerPlan], relative: float) -> None:
         """Add the units on a boundary; a certain hit settles ``last-hit``; without memory each pass stands alone."""
+        begun = set()
         for hit in hits:
+            place = hit.head, hit.pool, hit.leaf
             leaf = list(scorers[hit.head, hit.pool].leaves())[hit.leaf]
-            unsure = self.units.setdefault((hit.head, hit.pool, hit.leaf), set())
+            unsure = self.units.setdefault(place, set())
             on_boundary = boundary(hit, leaf, relative)
-            if not leaf.remembers:
+            if not leaf.remembers and place not in begun:
                 unsure.clear()
+                begun.add(place)
             elif leaf.memory[0] == "last-hit":
                 unsure -= hit.hits
             unsure |= on_boundary

@@ -40,6 +40,8 @@ class Beside:
     ) -> None:
         self.plan = plan
         self.cache = PolicyCache(plan, device=device, backend=backend)
+        for layer in self.cache.layers:
+            layer.shows_reading = True
         self.agreement = Agreement(plan, rows=plan.batch)
         self.generated = generated
 
@@ -85,6 +87,7 @@ class Beside:
                 modality=images,
                 output=outputs[number],
                 memory=memories(self.cache, number) if settled else None,
+                read=readings(self.cache, number) if opened != "prompt" else None,
             )
         return steps
 
@@ -111,3 +114,20 @@ def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
                             clocked = int(value) if leaf.memory in CLOCKED else value
                             found[position] = (clocked, gap_values[row][head][unit]) if gap_values else clocked
     return list(rows)
+
+
+def readings(cache: PolicyCache, layer_idx: int) -> list[list[dict[str, frozenset[int]]]] | None:
+    """What a layer read in its last generated pass, by row and KV head: pool -> positions; None where it read all."""
+    layer = cache.layers[layer_idx]
+    state = layer.state
+    if not layer.chosen:
+        return None
+    rows: list[list[dict[str, frozenset[int]]]] = [[{} for _ in row] for row in state.position]
+    for name, chosen in layer.chosen.items():
+        pool = state.pools[name]
+        for row, heads in enumerate(chosen.tolist()):
+            for head, units in enumerate(heads):
+                shown = layer.attended[row, head, state.span(pool)].view(pool.units, pool.page)
+                tokens = shown[[unit for unit in units if unit >= 0]].flatten().tolist()
+                rows[row][head][name] = frozenset(token for token in tokens if token >= 0)
+    return rows

@@ -26,9 +26,20 @@ LEAST = 2.0**-120
 """Somewhat above 2**-126, the least normal number, since products and sums of a few such are compared too."""
 
 
+OWN = ("attention", "gumbel-attention", "above-average", "key-norm", "value-norm")
+"""Signals whose numbers float32 holds up to a share of their own."""
+
+
 def boundary(hit: Hit, leaf: ScorerPlan, relative: float) -> set[int]:
-    """Units that float32 may put on the other side of the cut between hits and the others."""
+    """Units that float32 may put on the other side of the cut between hits and the others.
+
+    Where the signal itself decides, what follows may carry one unit's doubt to all.
+    """
     kind, scores = signal_grain(leaf), hit.scores
+    if hit.signal:
+        unsure = {unit for unit in scores if abs(scores[unit] - 1) <= relative}
+        spreads = leaf.smooth is not None or leaf.norm is not None or (leaf.hit is not None and leaf.hit[0] == "top")
+        return set(scores) if unsure and spreads else unsure
     if kind == "exact":
         return set()
     if hit.bar is not None:
@@ -46,9 +57,11 @@ def boundary(hit: Hit, leaf: ScorerPlan, relative: float) -> set[int]:
 
 def signal_grain(leaf: ScorerPlan) -> str:
     """How float32 holds a score before hit and memory: exactly, or up to a share of its own or of the greatest."""
-    if leaf.norm == "softmax" or leaf.signal in ("attention", "key-norm", "value-norm"):
+    if leaf.norm == "softmax" or leaf.signal in OWN:
         return "own"
-    if leaf.signal in ("recency", "random"):
+    if leaf.signal == "lag" and leaf.memory[0] not in ("none", "last-hit"):
+        return "greatest"
+    if leaf.signal in ("recency", "random", "lag"):
         return "exact" if leaf.smooth is None and leaf.norm is None else "own"
     return "greatest"
 

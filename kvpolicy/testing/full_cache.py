@@ -55,7 +55,7 @@ class FullCache:
     def mass(self, seen: Seen, pool: str | None = None) -> float:
         """The share of the newest query's attention under the full cache that goes to what is attended in this pass.
 
-        With ``pool``: of its attention to the tokens that the pool admits, what it holds (1 where it admits none).
+        With ``pool``: of its attention to the tokens that the pool admits, what is read of it (1 where it admits none).
         """
         probabilities = self.probabilities(*seen.place, seen.newest)
         if pool is None:
@@ -66,7 +66,7 @@ class FullCache:
         return float(probabilities[held].sum()) / whole if whole else 1.0
 
     def lost(self, seen: Seen, pool: str | None = None) -> list[tuple[int, float]]:
-        """The tokens that the newest query would look at but that are gone, with their shares, heaviest first."""
+        """The tokens that the newest query would look at but cannot, with their shares, heaviest first."""
         probabilities = self.probabilities(*seen.place, seen.newest)
         gone = sorted(frozenset(seen.admitted(pool)) - seen.attended(pool), key=lambda token: -probabilities[token])
         return [(token, float(probabilities[token])) for token in gone]

@@ -54,6 +54,11 @@ class Seen:
         return frozenset().union(*(at.kept for name, at in pools.items() if pool in (None, name)))
 
     def attended(self, pool: str | None = None) -> frozenset[int]:
+        """Positions that the pass attended to: of the resident ones, those that were read."""
+        pools = self.step.heads[self.head]
+        return frozenset().union(*(at.read for name, at in pools.items() if pool in (None, name)))
+
+    def held(self, pool: str | None = None) -> frozenset[int]:
         """Positions resident while the pass attended, before its update."""
         everywhere, pools = frozenset(self.step.attended[self.head].tolist()), self.step.heads[self.head]
         if pool is None or pool not in pools:

@@ -97,32 +97,14 @@ def test_every_way_to_reduce(signal, heads, device):
 
 
 @pytest.mark.parametrize("last", [1, 4, 100])
-def test_the_observation_window(case, last, device):
-    tensors = case.tensors(device)
-    found = library.window_scores(*tensors, last, "attention", "mean")
-    check(found, tensors, columns.window_scores, last, "attention", "mean")
-
-
-def test_the_window_is_the_mean_of_its_queries(device):
-    """One query at a time, without the code that finds the newest of a row."""
-    query, keys, query_position, key_position, scaling = CASES["a group of 2, padded on both sides"].tensors(device)
-    found = library.window_scores(query, keys, query_position, key_position, scaling, 4, "attention", "max")
-    for row in range(2):
-        newest = [column for column in range(query.shape[2]) if query_position[row, column] >= 0][-4:]
-        alone = [
-            columns.prompt_scores(
-                query[row : row + 1, :, [column]],
-                keys[row : row + 1],
-                query_position[row : row + 1, [column]],
-                key_position[row : row + 1],
-                scaling,
-                "attention",
-                "each",
-            )
-            for column in newest
-        ]
-        wanted = (sum(alone) / len(newest)).amax(2, keepdim=True)
-        torch.testing.assert_close(found[row : row + 1], wanted, rtol=2e-5, atol=2e-5)
+def test_the_newest_queries_of_each_row(case, last, device):
+    query, keys, query_position, *rest = case.tensors(device)
+    newest, placed = columns.newest_queries(query, query_position, last)
+    for row, position in enumerate(query_position.tolist()):
+        wanted = sorted(place for place in position if place >= 0)[-last:]
+        assert sorted(place for place in placed[row].tolist() if place >= 0) == wanted
+    tensors = (newest, keys, placed, *rest)
+    check(library.prompt_scores(*tensors, "attention", "mean"), tensors, columns.prompt_scores, "attention", "mean")
 
 
 def test_a_row_has_the_same_bits_in_every_batch(device):

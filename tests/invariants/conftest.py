@@ -1,19 +1,7 @@
-"""The policies at two sizes, and the prompts, that the invariants are shown on."""
-
-import importlib.util
-import pathlib
-import sys
+"""The prompts that the invariants are shown on."""
 
 import pytest
 import torch
-
-# Test modules are imported by path and are no package, so what they share is put where `import` finds it.
-_path = pathlib.Path(__file__).with_name("policies.py")
-_spec = importlib.util.spec_from_file_location("invariant_policies", _path)
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["invariant_policies"] = _module
-_spec.loader.exec_module(_module)
 
 
 @pytest.fixture

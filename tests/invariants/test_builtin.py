@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from invariant_policies import EVICTING, NAMES, roomy, tight
 
 import kvpolicy
 from kvpolicy.models import load_model
 from kvpolicy.testing.live import LiveAgreement
+from tests.invariants.policies import EVICTING, NAMES, roomy, thorough, tight
 
 TEXT = (
     "The harbour master kept three ledgers. In the first she wrote the names of ships, in the second the weather, and "
@@ -61,7 +61,7 @@ def test_tiny_keeps_what_the_oracle_keeps_on_its_own_text(name: str, tiny: tuple
     assert live.cache.bytes == live.cache.plan.bytes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough())
 def test_tiny_with_room_for_everything_writes_the_same(name: str, tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     ids = prompt_ids(tokenizer, "hum owl red tin sky fog hum hum hum owl", 24)
@@ -74,7 +74,7 @@ def test_tiny_with_room_for_everything_writes_the_same(name: str, tiny: tuple[An
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough())
 def test_smollm2_keeps_what_the_oracle_keeps(name: str, smollm2: tuple[Any, Any], patched: Any) -> None:
     """Real attention, with its sinks; every tenth layer is compared."""
     model, tokenizer = smollm2
@@ -90,7 +90,7 @@ def test_smollm2_keeps_what_the_oracle_keeps(name: str, smollm2: tuple[Any, Any]
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough())
 def test_smollm2_with_room_for_everything_has_its_own_logits(name: str, smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     ids = prompt_ids(tokenizer, TEXT, 48)

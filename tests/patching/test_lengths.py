@@ -8,7 +8,7 @@ from kvpolicy.language import load_policy
 from kvpolicy.patching import apply, compile_report, patch_of, remove
 from kvpolicy.patching.lengths import SHARED, bucket
 from kvpolicy.runtime.compiling import CompileReport
-from tests.invariants.policies import NAMES, roomy, tight
+from tests.invariants.policies import NAMES, roomy, thorough, tight
 
 
 @pytest.fixture
@@ -34,11 +34,10 @@ def test_every_length_of_a_bucket_has_that_bucket(length):
         assert bucket((other, other)) == (low, high)
 
 
-@pytest.mark.parametrize(
-    "policy", [*map(tight, NAMES), *map(roomy, NAMES)], ids=[*NAMES, *(f"{n}-roomy" for n in NAMES)]
-)
-def test_a_new_prompt_length_compiles_nothing(build, policy, fresh_dynamo):
-    model = apply(build(), policy, compile="eager")
+@pytest.mark.parametrize("sized", [tight, roomy], ids=["tight", "roomy"])
+@pytest.mark.parametrize("name", thorough())
+def test_a_new_prompt_length_compiles_nothing(build, name, sized, fresh_dynamo):
+    model = apply(build(), sized(name), compile="eager")
     lengths = [length for length in (5, 17, 33, 46, 128) if fits(model, length)]
     assert len(lengths) >= 3
     generate(model, lengths[0], tokens=12)

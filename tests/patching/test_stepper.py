@@ -30,7 +30,7 @@ from kvpolicy.runtime.decode import DecodeLoop, decode_loop
 from kvpolicy.runtime.layer import PLAIN, UPDATE, PolicyLayer
 from kvpolicy.runtime.stepping import Stepper
 from kvpolicy.runtime.waiting import HostWaited, no_waiting
-from tests.invariants.policies import NAMES, tight
+from tests.invariants.policies import NAMES, UPDATING, evicts, thorough, tight
 from tests.patching.tape import TapeRecorder
 
 STEPS = 220
@@ -100,10 +100,10 @@ def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
     assert recorder.replays == STEPS - len(kinds)
     # Each kind ran once plainly and once to be recorded: replays call none of the cache's Python.
     assert calls == {"layers": 2 * len(kinds) * len(taped.layers), "clocks": 2 * len(kinds)}
-    assert name == "dense" or taped.stats()["evicted"] > 0
+    assert taped.stats()["evicted"] > 0 or not evicts(taped.plan)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough())
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 9, "top_p": 0.9, "temperature": 1.7}])
 def test_a_loop_over_recorded_steps_says_what_generate_says(build, padded, name, settings, monkeypatch):
     """Chosen inside the recorded step: the same draws, rows that end on their own, and no question in between."""
@@ -196,7 +196,7 @@ def test_a_planted_question_is_caught(name):
         assert tensor.to(torch.float32).shape == (3,)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough())
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"repetition_penalty": 1.3}], ids=str)
 def test_no_step_asks_the_device_anything(build, padded, name, settings, monkeypatch):
     """Opening the pass, the model, both kinds of update, choosing inside or after the step: no look at a tensor."""
@@ -219,7 +219,7 @@ def test_no_step_asks_the_device_anything(build, padded, name, settings, monkeyp
     quietly(decode._Run, "_select")
     model.generate(**padded, custom_generate=decode_loop, max_new_tokens=70, **end, **settings)
     assert len(kinds) == 69
-    assert name == "dense" or kinds[-1][UPDATE] > 0
+    assert name not in UPDATING or kinds[-1][UPDATE] > 0
 
 
 @pytest.mark.gpu

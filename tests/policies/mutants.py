@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,15 +29,14 @@ def mutants(policy: Policy) -> dict[str, Policy]:
             if isinstance(arguments, dict)
         ):
             test["attention"]["layers"] = 1
-    found = {}
+    others = {"no overrides": without(document, "overrides")} if "overrides" in document else {}
     for name, answers in document["pools"].items():
         for what, changed in changes(answers):
-            other = copy.deepcopy(document)
-            other["pools"][name] = changed
-            try:
-                found[f"{name}: {what}"] = loads_policy(yaml.safe_dump(other, sort_keys=False))
-            except PolicyError:
-                continue
+            others[f"{name}: {what}"] = {**document, "pools": {**document["pools"], name: changed}}
+    found = {}
+    for what, other in others.items():
+        with contextlib.suppress(PolicyError):
+            found[what] = loads_policy(yaml.safe_dump(other, sort_keys=False))
     return found
 
 
@@ -46,6 +45,8 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
     page = answers.get("page", 1)
     if "page" in answers:
         yield "no page", without(answers, "page")
+    if "read" in answers:
+        yield from ((f"read {what}", {**answers, "read": read}) for what, read in readings(answers["read"], page))
     if "budget" not in answers:
         yield "a budget", {**answers, "budget": f"2 * {page}"}
         return
@@ -54,7 +55,7 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
     for what, change in {"+": "+ 1", "-": "- 1", "none": "* 0"}.items():
         if "window" in answers:
             yield f"window {what}", {**answers, "window": f"({answers['window']}) {change}"}
-        if "pinned" in answers:
+        if "first" in answers.get("pinned", ()):
             yield f"first {what}", {**answers, "pinned": {"first": f"({answers['pinned']['first']}) {change}"}}
     update = answers.get("update", {"every": 1})
     if isinstance(update, dict):
@@ -69,13 +70,21 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
             yield "one set per layer", {**answers, "evict": {"scope": "layer"}}
 
 
+def readings(read: Answers, page: int | str) -> Iterator[tuple[str, Answers | str]]:
+    """A reading of everything, of a page more or less, or by another ranking."""
+    yield "all", "all"
+    for what, change in {"+": f"+ {page}", "-": f"- {page}"}.items():
+        yield what, {**read, "top": f"({read['top']}) {change}"}
+    yield from ((f"by {what}", {**read, "scorer": scorer}) for what, scorer in scorers(read["scorer"]))
+
+
 def scorers(scorer: Answers) -> Iterator[tuple[str, Answers]]:
     """A scorer, turned around, deaf, or with a stage left out."""
     yield "lowest for highest", {**scorer, "weight": -1}
     yield "recency for the signal", {**scorer, "signal": "recency"}
     for key in sorted(scorer.keys() - {"signal", "hit"}):
         yield f"scorer without {key}", without(scorer, key)
-    if "hit" in scorer:
+    if "top" in scorer.get("hit", ()):
         yield "nobody hit", {**scorer, "hit": {"top": f"0 * ({scorer['hit']['top']})"}}
 
 

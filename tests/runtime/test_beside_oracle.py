@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.language import Policy, loads_policy
 from kvpolicy.plan import ModelGeometry, make_plan, unsupported
 from kvpolicy.testing.beside import Beside
-from tests.invariants.policies import NAMES, tight
+from tests.invariants.policies import EVICTING, NAMES, spread, thorough, tight, tight_plan
 
 GEOMETRY = ModelGeometry("random", layers=2, query_heads=4, kv_heads=2, head_dim=8)
 POLICIES = {name: tight(name) for name in NAMES}
@@ -49,8 +49,7 @@ def padded(rows: list[int], columns: int) -> Tensor:
     return torch.arange(columns) >= columns - torch.tensor(rows)[:, None]
 
 
-@pytest.mark.parametrize("numbers", [smooth_numbers, tied_numbers], ids=["smooth", "tied"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("name", "numbers"), spread(NAMES, [smooth_numbers, tied_numbers]))
 def test_a_padded_batch_of_ragged_rows(name: str, numbers: Callable[[int], Draw]) -> None:
     beside = Beside(make_plan(POLICIES[name], GEOMETRY, batch=3, prompt=(5, 30), max_new_tokens=90))
     draw = numbers(1)
@@ -58,14 +57,13 @@ def test_a_padded_batch_of_ragged_rows(name: str, numbers: Callable[[int], Draw]
     for _ in range(90):
         beside.feed(draw(3, 1))
     assert beside.agreement.compared == 91 * 3 * GEOMETRY.layers * GEOMETRY.kv_heads
-    assert name == "dense" or beside.cache.stats()["evicted"] > 0
+    assert name not in EVICTING or beside.cache.stats()["evicted"] > 0
     assert len(beside.agreement.near_ties) <= beside.agreement.compared // 200, beside.agreement.summary()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", thorough())
 def test_later_turns_and_chunked_prompts(name: str) -> None:
-    policy = POLICIES[name].bind(budget=80) if name in ("raas", "random") else POLICIES[name]  # room for 38 pinned
-    beside = Beside(make_plan(policy, GEOMETRY, batch=2, prompt=(12, 38), max_new_tokens=90, turns=3))
+    beside = Beside(tight_plan(name, GEOMETRY, batch=2, prompt=(12, 38), max_new_tokens=90, turns=3))
     draw = smooth_numbers(2)
     beside.feed(draw(2, 11), padded([11, 4], 11), more=True)
     beside.feed(draw(2, 7), more=True)

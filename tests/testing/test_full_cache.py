@@ -53,6 +53,21 @@ def test_mass_is_the_share_of_what_is_attended() -> None:
     assert min(shares) < 0.3 < 0.5 < max(shares)
 
 
+def test_what_is_kept_but_not_read_has_no_share() -> None:
+    text = said()
+    full = FullCache(text)
+    newest = "kvpolicy: 1\nname: newest\npools: {all: {admit: all, read: {top: 6, scorer: {signal: recency}}}}"
+    for seen in watch(OracleAlone(plan_for(loads_policy(newest), text)), text):
+        assert seen.held() == frozenset(range(seen.newest + 1))
+        if seen.step.kind == "generated":
+            read = list(range(seen.newest - 5, seen.newest + 1))
+            assert sorted(seen.attended("all")) == read
+            assert full.mass(seen) == pytest.approx(full.probabilities(*seen.place, seen.newest)[read].sum())
+            assert {token for token, _ in full.lost(seen)} == set(range(seen.newest - 5))
+        else:
+            assert full.mass(seen) == pytest.approx(1)
+
+
 def test_a_policy_that_lost_the_milestone_lost_its_mass() -> None:
     text = synthesize({"pattern": "milestone", "at": 3, "until": 12, "prompt": 2, "steps": 20, "noise": 0})
     full = FullCache(text)

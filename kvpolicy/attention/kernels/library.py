@@ -47,22 +47,6 @@ def _(
     return query.new_empty((rows, kv_heads, lines, slots), dtype=torch.float32)
 
 
-def window_scores(
-    query: Tensor,
-    keys: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    last: int,
-    signal: str,
-    heads: str,
-) -> Tensor:
-    """``attention.columns.window_scores``, by the operation above."""
-    return columns.window_scores(
-        query, keys, query_position, key_position, scaling, last, signal, heads, scores=prompt_scores
-    )
-
-
 @torch.library.custom_op("kvpolicy::attend_pages", mutates_args=())
 def attend_pages(
     query: Tensor, keys: Tensor, values: Tensor, position: Tensor, index: Tensor, page: int, scaling: float

@@ -53,7 +53,7 @@ class Peak(Count):
     """Tokens that a KV head holds while a generated token attends, before the update."""
 
     def judge(self, seen: Seen) -> Breach | None:
-        return self.count(seen.attended(self.pool), seen, "attended") if seen.step.kind == "generated" else None
+        return self.count(seen.held(self.pool), seen, "attended") if seen.step.kind == "generated" else None
 
 
 @claim

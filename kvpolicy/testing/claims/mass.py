@@ -21,10 +21,10 @@ SHOWN = 4
 @dataclass(kw_only=True)
 class Mass(Claim):
     """Of the attention that a generated token would pay under the full cache (the mean over the query heads of a KV
-    head), the share that goes to tokens still resident when it attends: at least ``min``, at most ``max`` for every
-    generated token, at least ``mean`` on average, from the moment ``from`` through ``until``.
+    head), the share that goes to tokens that it attends to, resident still and read: at least ``min``, at most ``max``
+    for every generated token, at least ``mean`` on average, from the moment ``from`` through ``until``.
 
-    Shares are written `0.9` or `90%`. With ``pool``: of the attention to tokens that the pool admits, what it holds.
+    Shares are written `0.9` or `90%`. With ``pool``: of the attention to tokens that the pool admits, what it gives.
     """
 
     MAIN = "min"

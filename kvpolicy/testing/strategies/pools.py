@@ -12,7 +12,13 @@ from kvpolicy.testing.strategies.support import probe
 Answers = dict[str, Any]
 
 # Roughly how much a signal is worth: bars for `hit: {above: …}` that some units reach and others miss.
-BARS = {"attention": ("0.1", "0.03", "0.3"), "random": ("0.5",), "recency": ("8", "3")}
+BARS = {
+    "attention": ("0.1", "0.03", "0.3"),
+    "gumbel-attention": ("0.1", "0.03", "0.3"),
+    "random": ("0.5",),
+    "recency": ("8", "3"),
+    "lag": ("-0.5", "0", "1"),
+}
 
 
 def signal(pen: Pen) -> str | Answers:
@@ -23,6 +29,11 @@ def signal(pen: Pen) -> str | Answers:
         return {name: {"seed": pen.known(pen.number(0, 9))}}
     if name == "key-similarity" and pen.chance(2):
         return {name: {"above": pen.pick(("0.5", "0.2")), "keep": "newest"}}
+    if name == "gumbel-attention" and pen.chance(2):
+        arguments = {"temperature": pen.pick(("1", "0.5", "3")), "growth": pen.pick(("0.01", "0", "0.5"))}
+        return {name: {**arguments, "seed": pen.known(pen.number(0, 9))}}
+    if name == "lag":  # the default is longer than the texts that are drawn
+        return {name: {"lag": pen.known(pen.number(1, 6)), "after": pen.known(pen.number(0, 3))}}
     return name
 
 
@@ -44,7 +55,7 @@ def scorer(pen: Pen, others: Sequence[str], pools: Sequence[str], *, depth: int 
     memory = "none" if reading else pen.pick(("none", "sum", "none", "decay", "max-decay", "last-hit", "recurrence"))
     if memory in ("last-hit", "recurrence") or pen.chance(6):
         stages["hit"] = hit(pen, name, others, pools)
-    if name == "attention" or "top" in stages.get("hit", ()):
+    if SIGNALS[name].softmax or "top" in stages.get("hit", ()):
         over = pen.pick(("cache", "cache", "pool", "candidates"))
         stages |= {"over": over} if over != "cache" or pen.chance(3) else {}
     if memory in ("decay", "max-decay"):
@@ -68,7 +79,7 @@ def queried(pen: Pen, name: str, reading: bool) -> Answers:
     queries = pen.pick(ways)
     if queries != "current" or pen.chance(2):
         stages["queries"] = queries
-    reductions: list[Any] = ["mean", "max", "sum", *([{"logits": "max"}] if name == "attention" else [])]
+    reductions: list[Any] = ["mean", "max", "sum", *([{"logits": "max"}] if SIGNALS[name].softmax else [])]
     heads = pen.pick(reductions)
     if heads != "mean" or pen.chance(6):
         stages["heads"] = heads
