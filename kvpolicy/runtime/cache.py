@@ -190,7 +190,7 @@ class PolicyCache(Cache):
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
         moment.position, moment.places = self.clocks.prompt(valid, traits)
-        moment.special = traits.get("special")
+        moment.traits = traits
         if not more:
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None

@@ -6,7 +6,8 @@ the plan's numbers and on ``moment.kind``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 class Moment:
     """The pass that is open: set by ``PolicyCache.begin``, read by every layer. ``kind`` is None between passes.
 
-    For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which are
-    ``special`` [B, N] where the policy asks, whether more of the turn is to come, whether the cache was empty and
-    nothing is padded (``whole``), and whether it is the turn's first pass.
+    For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which of them
+    have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
+    empty and nothing is padded (``whole``), and whether it is the turn's first pass.
     ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
     """
 
@@ -58,7 +59,7 @@ class Moment:
     columns: int = 0
     position: Tensor | None = None
     places: Places = ()
-    special: Tensor | None = None
+    traits: Mapping[str, Tensor] = field(default_factory=dict)
     more: bool = False
     whole: bool = False
     first: bool = False
@@ -318,7 +319,7 @@ class PolicyLayer(CacheLayerMixin):
         if moment.first or self.turn is None:
             self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
         self.turn.widen(self.policies, self.clocks)
-        self.turn.admit(key, value, moment.position, moment.places, moment.special, self.clocks, self.policies)
+        self.turn.admit(key, value, moment.position, moment.places, moment.traits, self.clocks, self.policies)
         wide, sums = self.turn.state, None
         if self.sums_prompt:
             out, sums = self._attend_and_sum(query, wide, scaling)

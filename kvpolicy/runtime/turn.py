@@ -7,6 +7,7 @@ packed into the layer's own slots. Prompt passes are eager: shapes here follow t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -65,21 +66,21 @@ class Turn:
         value: Tensor,
         position: Tensor,
         places: Places,
-        special: Tensor | None,
+        traits: Mapping[str, Tensor],
         clocks: Clocks,
         policies: dict[str, PoolPolicy],
     ) -> None:
         """Write a pass's tokens, each into the pool that admits it.
 
         key and value [B, K, N, D], position [B, N] (-1 for padding), by stream their ``places`` [B, N] within the turn
-        (-1 elsewhere), and which are ``special`` [B, N].
+        (-1 elsewhere), and which have the ``traits`` that the policy asks for [B, N].
         """
         state = self.state
         for pool in state.plan.pools:
             newest, clock = self.newest[pool.name], clocks.streams[pool.stream]
             place = places[pool.stream]
             if place is not None:
-                self._write(pool, key, value, position, place, special, clock)
+                self._write(pool, key, value, position, place, traits, clock)
                 self._enter(policies[pool.name], pool)
                 last = self.base[pool.name] + -(-clock.turn_tokens // pool.page) - 1
                 newest = torch.where(clock.turn_tokens[:, None] > 0, last[:, None], newest)
@@ -92,7 +93,7 @@ class Turn:
         value: Tensor,
         position: Tensor,
         place: Tensor,
-        special: Tensor | None,
+        traits: Mapping[str, Tensor],
         clock: StreamClock,
     ) -> None:
         """The tokens of one pool: those that have a ``place`` [B, N]."""
@@ -103,8 +104,8 @@ class Turn:
         state.keys[row, :, slot] = key[row, :, column]
         state.values[row, :, slot] = value[row, :, column]
         state.position[row, :, slot] = position[row, column].to(torch.int32)[:, None]
-        if special is not None and f"{pool.name}.special" in state.tensors:
-            state.tensors[f"{pool.name}.special"][row, :, inside] = special[row, column][:, None]
+        if f"{pool.name}.special" in state.tensors:
+            state.tensors[f"{pool.name}.special"][row, :, inside] = traits["special"][row, column][:, None]
         if pool.needs_ordinals:
             ordinal = clock.seen[row] - clock.turn_tokens[row] + place[row, column]
             state.tensors[f"{pool.name}.ordinal"][row, :, inside] = ordinal.to(torch.int32)[:, None]
