@@ -215,11 +215,13 @@ def thorough(names: Iterable[str] = NAMES) -> list[Any]:
     return [name if name in COVER else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def spread(names: Iterable[str], others: Iterable[str]) -> list[Any]:
-    """Pairs of every name with every other thing; in the normal run each name meets one of them, in turn."""
+def spread(names: Iterable[str], others: Iterable[Any], among: Iterable[str] | None = None) -> list[Any]:
+    """Pairs of every name with every other thing; in the normal run each name (``among`` these) meets one, in turn."""
     names, others = list(names), list(others)
+    quick = names if among is None else [name for name in names if name in among]
+    turn = {name: at % len(others) for at, name in enumerate(quick)}
     return [
-        pytest.param(name, other, marks=() if other == others[at % len(others)] else pytest.mark.slow)
-        for at, name in enumerate(names)
-        for other in others
+        pytest.param(name, other, marks=() if turn.get(name) == at else pytest.mark.slow)
+        for name in names
+        for at, other in enumerate(others)
     ]
