@@ -64,7 +64,9 @@ class PolicyCache(Cache):
         """The distinct cadences, each with the stream whose pages must open before an update has work to do."""
 
         def waits(pool: PoolPlan) -> bool:
-            return pool.page > 1 and pool.cadence == 1 and pool.victims > 0 and pool.window is None
+            learns = any(leaf.remembers and isinstance(leaf.queries, int) for leaf in pool.scorer.leaves())
+            steady = pool.cadence == 1 and pool.victims > 0 and pool.window is None
+            return pool.page > 1 and steady and not learns  # a window of queries is remembered at updates alone
 
         self._cadences = {
             (pool.cadence, pool.stream if waits(pool) else None)
