@@ -15,7 +15,7 @@ from kvpolicy.language.signals import definition
 from kvpolicy.plan.buffers import clock_buffers, layer_buffers
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.sizes import Lengths, size_pools
-from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
+from kvpolicy.plan.structure import TRAITS, LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
 
 Known = Mapping[str, Fraction]
 Path = tuple[str | int, ...]  # keys and indices from the top of a policy's text
@@ -133,7 +133,8 @@ def _effective(pools: tuple[PoolPlan, ...]) -> tuple[PoolPlan, ...]:
     taken: frozenset[str] = frozenset()
     left = []
     for pool in pools:
-        left.append(replace(pool, admits=pool.admits - taken))
+        pool = replace(pool, admits=pool.admits - taken - (TRAITS if "prompt" in taken else frozenset()))
+        left.append(replace(pool, above=taken & TRAITS if pool.hears_prompts else frozenset()))
         taken |= pool.admits
     return tuple(left)
 
@@ -274,7 +275,7 @@ def _streams(layers: list[LayerPlan]) -> tuple[Stream, ...]:
     found: dict[Stream, None] = {}
     for layer in layers:
         for pool in layer.every_pool:
-            found.setdefault(Stream(pool.admits, pool.page))
+            found.setdefault(pool.order_of_arrival)
     return tuple(found)
 
 
@@ -283,8 +284,7 @@ def _number_streams(layer: LayerPlan, streams: tuple[Stream, ...]) -> LayerPlan:
         name[5:-1] for pool in layer.pools for _, q in pool.quantities() for name in q.names if name.startswith("size(")
     }
     pools = tuple(
-        replace(pool, stream=streams.index(Stream(pool.admits, pool.page)), size_read=pool.name in sizes)
-        for pool in layer.pools
+        replace(pool, stream=streams.index(pool.order_of_arrival), size_read=pool.name in sizes) for pool in layer.pools
     )
     groups = tuple(_number_streams(group, streams) for group in layer.groups)
     of = {head: group.pools for group in groups for head in group.members}

@@ -65,12 +65,30 @@ class StorePlan:
     values: str
 
 
+TRAITS = frozenset({"special", "image"})
+"""What a prompt token may be beside being one, each by its own name: the caller says so."""
+
+
 @dataclass(frozen=True)
 class Stream:
-    """One order of arrival: the pools of all layers that admit the same tokens in pages of the same size."""
+    """One order of arrival: the pools of all layers that admit the same tokens in pages of the same size.
+
+    ``above`` are the traits with which a prompt token went to a pool further up.
+    """
 
     admits: frozenset[str]
     page: int
+    above: frozenset[str] = frozenset()
+
+    @property
+    def hears_prompts(self) -> bool:
+        """Whether a prompt pass can bring it anything."""
+        return bool(self.admits & {"prompt", *TRAITS})
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """The traits by which prompt tokens are told apart here; none where it takes them all, or none of them."""
+        return (self.admits & TRAITS) | self.above
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,17 @@ class PoolPlan:
     victims: int = 0
     read_units: int = 0
     size_read: bool = False
+    above: frozenset[str] = frozenset()
+
+    @property
+    def order_of_arrival(self) -> Stream:
+        """The stream that the pool's tokens come in."""
+        return Stream(self.admits, self.page, self.above)
+
+    @property
+    def hears_prompts(self) -> bool:
+        """Whether a prompt pass can bring it tokens."""
+        return self.order_of_arrival.hears_prompts
 
     @property
     def units(self) -> int:
@@ -240,6 +269,13 @@ class Plan:
     def prompt_peak(self) -> int:
         """Tokens a layer holds while it reads the longest prompt, per row and KV head, before it drops any."""
         return max(layer.slots for layer in self.layers) + self.prompt[1]
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """Which of "special" and "image" the policy must be told of a prompt's tokens."""
+        pools = [pool for layer in self.layers for pools in (layer.pools, *(layer.heads or ())) for pool in pools]
+        asked = frozenset().union(*(pool.order_of_arrival.traits for pool in pools))
+        return asked | ({"special"} if any(pool.pin_special and pool.evicts for pool in pools) else frozenset())
 
     @property
     def reads_lengths(self) -> bool:

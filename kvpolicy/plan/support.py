@@ -37,12 +37,8 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
 
 
 def _pool(pool: PoolPlan) -> Iterator[str]:
-    if not pool.admits <= {"prompt", "generated"}:
-        yield f"admit {', '.join(sorted(pool.admits - {'prompt', 'generated'}))}"
     if not pool.admits:
         yield "a pool fed by another"
-    if pool.pin_special:
-        yield "pinned {tokens: special}"
     if pool.scope == "across-heads":
         yield "evict scope across-heads"
     if pool.to is not None:

@@ -54,8 +54,12 @@ class Beside:
         kind: str | None = None,
         more: bool = False,
         scaling: float | None = None,
+        special: Tensor | None = None,
+        modality: Tensor | None = None,
     ) -> list[Step]:
         """One pass of the whole model: (query [B, Q, N, D], key, value [B, K, N, D]) for every layer.
+
+        ``valid``, ``special`` and ``modality`` [B, N] as ``PolicyCache.begin`` takes them.
 
         Returns every row of every layer after the pass, in the oracle's words.
 
@@ -63,7 +67,9 @@ class Beside:
             Disagreement: the first layer, row and head where the runtime kept, attended or remembered otherwise.
         """
         scaling = scaling or self.plan.geometry.head_dim**-0.5
-        opened = self.cache.begin(tensors[0][0].shape[2], valid, kind=kind, more=more or None)
+        flags = {"special": special, "modality": modality}
+        opened = self.cache.begin(tensors[0][0].shape[2], valid, kind=kind, more=more or None, **flags)
+        images = None if modality is None else [["image" if at == 1 else None for at in row] for row in modality]
         run = run_layer if opened == "prompt" else self.generated
         outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, tensors, strict=True)]
         self.cache.finish()
@@ -77,6 +83,8 @@ class Beside:
                 kind="prompt" if opened == "prompt" else "generated",
                 more=more,
                 scaling=scaling,
+                special=special,
+                modality=images,
                 output=outputs[number],
                 memory=memories(self.cache, number) if settled else None,
                 read=readings(self.cache, number) if opened != "prompt" else None,
