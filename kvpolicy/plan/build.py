@@ -49,7 +49,8 @@ def make_plan(
             "a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; "
             f"got batch {batch}, turns {turns}, prompt {low}..{high}, max_new_tokens {max_new_tokens}"
         )
-    lengths = Lengths((low, high), max_new_tokens, turns, geometry.kv_heads)
+    chunk = _prompt_chunk(policy, geometry, max_new_tokens)
+    lengths = Lengths((low, high), max_new_tokens, turns, geometry.kv_heads, chunk is not None)
     layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
     streams = _streams(layers)
     layers = [_number_streams(layer, streams) for layer in layers]
@@ -64,9 +65,17 @@ def make_plan(
         layers=tuple(layers),
         streams=streams,
         clocks=clock_buffers(streams, batch),
+        prompt_chunk=chunk,
     )
     _check_total(plan, lengths)
     return plan
+
+
+def _prompt_chunk(policy: Policy, geometry: ModelGeometry, generated: int) -> int | None:
+    if policy.prompt_chunk is None:
+        return None
+    known = {"layers": Fraction(geometry.layers), "max_new_tokens": Fraction(generated)}
+    return _whole(policy, policy.prompt_chunk, known, ("prompt_chunk",), 1)
 
 
 def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Lengths) -> LayerPlan:
@@ -229,7 +238,8 @@ def _whole(policy: Policy, quantity: Quantity, known: Known, where: Path, least:
     number = _number(policy, quantity, known, where)
     whole = number.numerator // number.denominator
     if whole < least:
-        raise _refusal(policy, where, f"`{quantity.text}` is {whole} in layer {known['layer']}; the least is {least}")
+        place = f" in layer {known['layer']}" if "layer" in known else ""
+        raise _refusal(policy, where, f"`{quantity.text}` is {whole}{place}; the least is {least}")
     return whole
 
 
@@ -280,7 +290,7 @@ def _check_total(plan: Plan, lengths: Lengths) -> None:
     if plan.policy.total is None:
         return
     high = lengths.prompt[1]
-    longest = replace(lengths, prompt=(high, high))
+    longest = replace(lengths, prompt=(high, high), chunked=False)
     for layer in plan.layers:
         known = {"layer": Fraction(layer.index), "layers": Fraction(plan.geometry.layers)}
         known["max_new_tokens"] = Fraction(lengths.generated)

@@ -23,8 +23,6 @@ def unsupported(plan: Plan) -> Iterator[str]:
     """Every reason why the runtime would refuse this plan, in reading order."""
     if plan.policy.positions != "absolute":
         yield f"positions: {plan.policy.positions}"
-    if plan.policy.prompt_chunk is not None:
-        yield "prompt_chunk"
     for layer in plan.layers:
         yield from _layer(layer)
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
+from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
 
@@ -189,8 +190,11 @@ class PolicyCache(Cache):
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
-        moment.position, moment.places = self.clocks.prompt(valid, traits)
-        moment.special = traits.get("special")
+        moment.special, moment.chunks = traits.get("special"), ()
+        if self.plan.prompt_chunk is None:
+            moment.position, moment.places = self.clocks.prompt(valid, traits)
+        else:
+            moment.chunks = cut(self.clocks, valid, traits, self.plan.prompt_chunk)
         if not more:
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None

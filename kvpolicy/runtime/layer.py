@@ -6,7 +6,7 @@ the plan's numbers and on ``moment.kind``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_sc
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
+from kvpolicy.runtime.chunks import Chunk, attend_in_chunks
 from kvpolicy.runtime.clocks import Clocks, Places
 from kvpolicy.runtime.evict import drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
@@ -50,7 +51,8 @@ class Moment:
 
     For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which are
     ``special`` [B, N] where the policy asks, whether more of the turn is to come, whether the cache was empty and
-    nothing is padded (``whole``), and whether it is the turn's first pass.
+    nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an update follows
+    each.
     ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
     """
 
@@ -65,6 +67,14 @@ class Moment:
     empty: bool = False
     plan: Plan | None = None
     kinds: tuple[str, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    def at(self, number: int) -> Moment:
+        """The same for one of its chunks alone, which ends as a turn does."""
+        chunk, begins = self.chunks[number], number == 0
+        whole, empty = self.whole and begins, self.empty and begins
+        own = {"position": chunk.position, "places": chunk.places, "special": chunk.special}
+        return replace(self, columns=chunk.valid.shape[1], more=False, whole=whole, empty=empty, chunks=(), **own)
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -78,7 +88,8 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     shows_reading = False
     """Whether generated passes tell in ``chosen`` which units they read of each pool that selects [B, K, P], and in
-    ``attended`` the positions that were resident then [B, K, S]: for who looks on, at a price."""
+    ``attended`` the positions that were resident then [B, K, S], and prompt passes in ``after_chunks`` those that were
+    after each chunk: for who looks on, at a price."""
 
     def __init__(
         self,
@@ -96,6 +107,7 @@ class PolicyLayer(CacheLayerMixin):
         self.moment = moment
         self.device = torch.device(device)
         self.turn: Turn | None = None
+        self.after_chunks: list[Tensor] = []
         self.is_initialized = True
         self._adopt(plan)
 
@@ -171,6 +183,8 @@ class PolicyLayer(CacheLayerMixin):
                 "as a whole, or a decoder layer called by hand); call cache.begin(columns) before each pass, or let "
                 "kvpolicy compile it: kvpolicy.apply(model, policy, compile=True)"
             )
+        if kind == PROMPT and self.moment.chunks:
+            return attend_in_chunks(self, query, key, value, self._prompt, scaling)
         if kind == PROMPT:
             return self._prompt(query, key, value, scaling)
         return self._token(query, key, value, scaling, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvpolicy.oracle import Memories, Step
 from kvpolicy.plan import Plan
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.chunks import Chunk
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.scorers.memory import CLOCKED
 from kvpolicy.testing.agreement import Agreement
@@ -67,29 +69,82 @@ class Beside:
             Disagreement: the first layer, row and head where the runtime kept, attended or remembered otherwise.
         """
         scaling = scaling or self.plan.geometry.head_dim**-0.5
-        flags = {"special": special, "modality": modality}
-        opened = self.cache.begin(tensors[0][0].shape[2], valid, kind=kind, more=more or None, **flags)
-        images = None if modality is None else [["image" if at == 1 else None for at in row] for row in modality]
+        flags = {"valid": valid, "special": special, "modality": modality}
+        opened = self.cache.begin(tensors[0][0].shape[2], **flags, kind=kind, more=more or None)
         run = run_layer if opened == "prompt" else self.generated
         outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, tensors, strict=True)]
         self.cache.finish()
-        settled, steps = not more, []
+        steps = []
         for number, given in enumerate(tensors):
-            steps += self.agreement.check(
-                number,
-                *given,
-                self.cache.positions(number) if settled else None,
-                valid=valid,
-                kind="prompt" if opened == "prompt" else "generated",
-                more=more,
-                scaling=scaling,
-                special=special,
-                modality=images,
-                output=outputs[number],
-                memory=memories(self.cache, number) if settled else None,
-                read=readings(self.cache, number) if opened != "prompt" else None,
-            )
+            heard = Heard(*given, outputs[number], **{name: flag for name, flag in flags.items() if flag is not None})
+            steps += check_pass(self.agreement, self.cache, number, heard, opened, more=more, scaling=scaling)
         return steps
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a layer was given in a pass, and its ``output`` [B, N, Q, D]; flags [B, N] as ``begin`` takes them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    valid: Tensor | None = None
+    special: Tensor | None = None
+    modality: Tensor | None = None
+
+    def part(self, chunk: Chunk) -> Heard:
+        """The part that is a chunk of the prompt."""
+        flags = (self.special, self.modality)
+        return Heard(
+            *(chunk.of(tensor) for tensor in (self.query, self.key, self.value)),
+            chunk.of(self.output.transpose(1, 2)).transpose(1, 2),
+            chunk.valid,
+            *(None if flag is None else flag.gather(1, chunk.columns) for flag in flags),
+        )
+
+
+def check_pass(
+    agreement: Agreement,
+    cache: PolicyCache,
+    number: int,
+    heard: Heard,
+    opened: str,
+    *,
+    more: bool = False,
+    scaling: float | None = None,
+) -> list[Step]:
+    """Compare what a layer did in the pass that was just closed; what the cache took in chunks goes so to the oracle.
+
+    Returns every row after the pass. Raises Disagreement.
+    """
+    chunks = cache.moment.chunks if opened == "prompt" else ()
+    parts = [heard.part(chunk) for chunk in chunks] or [heard]
+    steps: list[Step] = []
+    for count, now in enumerate(parts, 1):
+        last = count == len(parts)
+        settled = last and (bool(chunks) or not more)
+        positions = cache.positions(number) if settled else None
+        if chunks and not settled:
+            positions = cache.layers[number].after_chunks[count - 1]
+        modality = now.modality
+        steps = agreement.check(
+            number,
+            now.query,
+            now.key,
+            now.value,
+            positions,
+            valid=now.valid,
+            kind="prompt" if opened == "prompt" else "generated",
+            more=more or not last,
+            scaling=scaling,
+            special=now.special,
+            modality=None if modality is None else [["image" if at == 1 else None for at in row] for row in modality],
+            output=now.output,
+            memory=memories(cache, number) if settled else None,
+            read=readings(cache, number) if opened != "prompt" else None,
+        )
+    return steps
 
 
 def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:

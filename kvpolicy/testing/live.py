@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy.patching import cache_for
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.testing.agreement import Agreement
-from kvpolicy.testing.beside import memories
+from kvpolicy.testing.beside import Heard, check_pass
 
 
 class Witness:
@@ -42,6 +42,7 @@ class LiveAgreement:
         self.witnesses = [Witness(layer) for layer in self.cache.layers]
         for witness in self.witnesses:
             witness.layer.forward = witness
+            witness.layer.shows_reading = True
 
     @torch.no_grad()
     def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None) -> Tensor:
@@ -64,17 +65,8 @@ class LiveAgreement:
         for number in range(len(self.witnesses)) if layers is None else layers:
             seen = self.witnesses[number].seen
             assert seen is not None
-            query, key, value, output = (tensor.float() for tensor in seen)
-            self.agreement.check(
-                number,
-                query,
-                key,
-                value,
-                self.cache.positions(number),
-                valid=valid,
-                kind="generated" if columns == 1 and not first else "prompt",
-                scaling=self.witnesses[number].scaling,
-                output=output,
-                memory=memories(self.cache, number),
-            )
+            heard = Heard(*(tensor.float() for tensor in seen), valid)
+            opened = "generated" if columns == 1 and not first else "prompt"
+            scaling = self.witnesses[number].scaling
+            check_pass(self.agreement, self.cache, number, heard, opened, scaling=scaling)
         return logits
