@@ -92,7 +92,8 @@ def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Le
     if heads is not None:  # room for the hungriest head, shared by all
         pools = max((pools for pools, _ in resolved), key=lambda pools: sum(pool.capacity for pool in pools))
         order = next(order for candidate, order in resolved if candidate is pools)
-    return LayerPlan(index=index, dense=per_head[0] is None, pools=pools, order=order, heads=heads)
+    compact = policy.positions == "compact"
+    return LayerPlan(index=index, dense=per_head[0] is None, pools=pools, order=order, compact=compact, heads=heads)
 
 
 def _layer_pools(

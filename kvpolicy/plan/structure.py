@@ -180,7 +180,8 @@ class LayerPlan:
     """One layer: its pools in reading order, and in which ``order`` they are updated.
 
     ``heads`` holds pools per KV head where an override names heads, else None. ``buffers`` is everything the runtime
-    allocates for the layer, so the bytes that are printed are the bytes that are allocated.
+    allocates for the layer, so the bytes that are printed are the bytes that are allocated. ``compact``: in each
+    pass keys and queries stand at their ranks.
     """
 
     index: int
@@ -189,6 +190,7 @@ class LayerPlan:
     order: tuple[int, ...]
     heads: tuple[tuple[PoolPlan, ...], ...] | None = None
     buffers: tuple[Buffer, ...] = ()
+    compact: bool = False
 
     @property
     def window_queries(self) -> int:

@@ -21,8 +21,6 @@ def check_supported(plan: Plan) -> None:
 
 def unsupported(plan: Plan) -> Iterator[str]:
     """Every reason why the runtime would refuse this plan, in reading order."""
-    if plan.policy.positions != "absolute":
-        yield f"positions: {plan.policy.positions}"
     for layer in plan.layers:
         yield from _layer(layer)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvpolicy.attention import Rotation
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
@@ -29,6 +30,7 @@ class PolicyCache(Cache):
         device: where the slots lie. They have the plan's dtype.
         backend: who computes attention in generated passes: "torch", "triton", or "auto", which is triton on a GPU
             where it can run. ``cache.backend`` says what was chosen, ``cache.backend_reason`` why.
+        rotation: the model's, for ``positions: compact``; ``Rotation.none()`` for numbers that carry none.
 
     Raises:
         UsageError: the policy says what this runtime cannot do yet, or triton was asked for where it cannot run.
@@ -43,8 +45,14 @@ class PolicyCache(Cache):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        rotation: Rotation | None = None,
     ) -> None:
         check_supported(plan)
+        if rotation is None and any(layer.compact for layer in plan.layers):
+            raise CacheError(
+                f"{plan.policy.name} has compact positions, for which keys are turned as the model rotates them: make "
+                "its cache with kvpolicy.cache_for(model), or say how it does, PolicyCache(plan, rotation=…)"
+            )
         stored = TORCH_DTYPES[plan.geometry.dtype]
         if dtype is not None and dtype != stored:
             raise CacheError(f"this plan stores {plan.geometry.dtype}, the model computes in {dtype}; plan for {dtype}")
@@ -54,7 +62,7 @@ class PolicyCache(Cache):
         self.moment = Moment()
         self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
         layers = [
-            PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device, self.backend)
+            PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation)
             for layer in plan.layers
         ]
         super().__init__(layers=layers)

@@ -127,6 +127,8 @@ class FusedStep:
 
 def _reasons(plan: LayerPlan, arrival: PoolPlan, working: PoolPlan | None) -> Iterator[str]:
     """Everything that the kernels were not written for, in one clause each."""
+    if plan.compact:
+        yield "positions are compact, so all keys turn at every pass"
     if plan.heads is not None:
         yield "KV heads have policies of their own"
     for pool in plan.pools:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.attention import (
+    Rotation,
     attend_pages,
     attend_part,
     attend_prompt,
@@ -33,6 +34,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.chunks import Chunk, attend_in_chunks
 from kvpolicy.runtime.clocks import Clocks, Places
+from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.evict import drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
 from kvpolicy.runtime.packing import outlives_slots, pack
@@ -99,6 +101,7 @@ class PolicyLayer(CacheLayerMixin):
         moment: Moment,
         device: Any,
         backend: str = TORCH,
+        rotation: Rotation | None = None,
     ) -> None:
         super().__init__()
         self.geometry = geometry
@@ -106,6 +109,7 @@ class PolicyLayer(CacheLayerMixin):
         self.clocks = clocks
         self.moment = moment
         self.device = torch.device(device)
+        self.compact = Compact(rotation or Rotation.none(), self.device) if plan.compact else None
         self.turn: Turn | None = None
         self.after_chunks: list[Tensor] = []
         self.is_initialized = True
@@ -198,37 +202,48 @@ class PolicyLayer(CacheLayerMixin):
         if self.fused is not None:
             return self.fused(query, key, value, scaling, kind == UPDATE)
         self._admit(key, value)
+        query, keys = self._at_ranks(query, self.clocks.position[:, None], state)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         if self.readers:
-            out, sight = self._attend_to_chosen(grouped, scaling, kind)
+            out, sight = self._attend_to_chosen(grouped, keys, scaling, kind)
             self._learn_and_drop(sight, kind == UPDATE)
             return rearrange(out, "b k g d -> b 1 (k g) d")
-        sight = NewestQuery(state, scaling, {}, grouped)
+        sight = NewestQuery(state, scaling, {}, grouped, turned=keys)
+        keys = sight.keys
         if self.backend == TRITON:
             wanted = self.reads_logits[kind]
-            out, logits = decode_attention(grouped, state.keys, state.values, state.position, scaling, wanted)
+            out, logits = decode_attention(grouped, keys, state.values, state.position, scaling, wanted)
             if wanted:
                 sight.all_logits, sight.probabilities = logits, torch.softmax(logits, dim=-1)
         elif self.reads_logits[kind]:
             out, sight.all_logits, sight.probabilities = attend_slots(
-                grouped, state.keys, state.values, state.position < 0, scaling
+                grouped, keys, state.values, state.position < 0, scaling
             )
         else:
             visible = (state.position >= 0)[:, :, None]
-            out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible, scale=scaling)
+            out = F.scaled_dot_product_attention(grouped, keys, state.values, visible, scale=scaling)
         self._learn_and_drop(sight, kind == UPDATE)
         return rearrange(out, "b k g d -> b 1 (k g) d")
 
-    def _attend_to_chosen(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
+    def _at_ranks(self, query: Tensor, placed: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
+        """Where positions are compact: queries [B, Q, N, D] of the positions ``placed`` [B, N], and the keys, at their
+        ranks among what is resident now. Else the queries as they are, and None."""
+        if self.compact is None:
+            return query, None
+        return self.compact.queries(query, placed, state.position), self.compact.keys(state.keys, state.position)
+
+    def _attend_to_chosen(
+        self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
+    ) -> tuple[Tensor, NewestQuery]:
         """Steps 2 and 3 where pools select: attention of one query a row [B, K, G, D] over what is read.
 
         Unless a scorer needs the logits of every slot, those that are not read are never touched.
         """
         state, clocks = self.state, self.clocks
         hidden = state.position < 0
-        sight = NewestQuery(state, scaling, {}, query)
+        sight = NewestQuery(state, scaling, {}, query, turned=turned)
         if self.reads_logits[kind] or any(reader.reads_logits for reader in self.readers):
-            sight = NewestQuery.of(state, query, hidden, scaling)
+            sight = NewestQuery.of(state, query, hidden, scaling, turned)
         values = readings(state, clocks)
         chosen = {reader.name: reader.choose(state, clocks, values, sight) for reader in self.readers}
         sight.candidates = {}
@@ -242,7 +257,7 @@ class PolicyLayer(CacheLayerMixin):
         parts = []
         for pools in self.stretches:
             span = slice(pools[0].offset, pools[-1].offset + pools[-1].capacity)
-            given = (query, state.keys[:, :, span], state.values[:, :, span])
+            given = (query, sight.keys[:, :, span], state.values[:, :, span])
             if pools[0].name in chosen:
                 index = chosen[pools[0].name].int()
                 parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
@@ -319,9 +334,10 @@ class PolicyLayer(CacheLayerMixin):
             queries, placed = self.state.tensors["queries"], self.state.tensors["query_position"]
             if last < queries.shape[2]:
                 queries, placed = newest_queries(queries, placed, last)
-            sights[str(last)] = LastQueries(
-                state, seen.scaling, seen.candidates, queries, placed, position, read=seen.read
-            )
+            if self.compact is not None:
+                queries = self.compact.queries(queries, placed, position)
+            own = {"read": seen.read, "turned": seen.turned}
+            sights[str(last)] = LastQueries(state, seen.scaling, seen.candidates, queries, placed, position, **own)
         return sights
 
     # A prompt pass ------------------------------------------------------------------------------------------------
@@ -334,16 +350,19 @@ class PolicyLayer(CacheLayerMixin):
         self.turn.widen(self.policies, self.clocks)
         self.turn.admit(key, value, moment.position, moment.places, moment.special, self.clocks, self.policies)
         wide, sums = self.turn.state, None
+        if "queries" in self.state.tensors:
+            self._remember_queries(query, moment.position)
+        keys = wide.keys
+        if self.compact is not None and not moment.empty:  # in an empty cache ranks are positions
+            query, keys = self._at_ranks(query, moment.position, wide)
         if self.sums_prompt:
-            out, sums = self._attend_and_sum(query, wide, scaling)
+            out, sums = self._attend_and_sum(query, keys, wide, scaling)
         elif moment.whole:
             grouped = query.shape[1] > key.shape[1]
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
-            out = attend_prompt(query, wide.keys, wide.values, moment.position, wide.position, scaling)
-        if "queries" in self.state.tensors:
-            self._remember_queries(query, moment.position)
-        self._learn_and_drop_prompt(query, wide, scaling, sums)
+            out = attend_prompt(query, keys, wide.values, moment.position, wide.position, scaling)
+        self._learn_and_drop_prompt(query, keys, wide, scaling, sums)
         if not moment.more:
             pack(self.turn.state, self.state, self.clocks)
             self.turn = None
@@ -358,7 +377,7 @@ class PolicyLayer(CacheLayerMixin):
         window[row, :, slot] = newest[row, :, which]
         placed[row, slot] = place[row, which].to(placed.dtype)
 
-    def _attend_and_sum(self, query: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
+    def _attend_and_sum(self, query: Tensor, keys: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
         moment = self.moment
         assert moment.position is not None
@@ -368,7 +387,7 @@ class PolicyLayer(CacheLayerMixin):
         span = wide.span(pools[0]) if in_order else slice(None)
         out, found = attend_prompt_and_sum(
             query,
-            wide.keys[:, :, span],
+            keys[:, :, span],
             wide.values[:, :, span],
             moment.position,
             wide.position[:, :, span],
@@ -380,7 +399,9 @@ class PolicyLayer(CacheLayerMixin):
         sums[..., span] = found
         return out, sums
 
-    def _learn_and_drop_prompt(self, query: Tensor, wide: LayerState, scaling: float, sums: Tensor | None) -> None:
+    def _learn_and_drop_prompt(
+        self, query: Tensor, keys: Tensor, wide: LayerState, scaling: float, sums: Tensor | None
+    ) -> None:
         """Steps 4 and 5 of a prompt pass, on the turn's workspace; only the turn's last pass drops."""
         clocks, last = self.clocks, not self.moment.more
         working = [self.policies[pool.name] for pool in self.ordered if pool.evicts]
@@ -388,7 +409,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         values = readings(wide, clocks)
         candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
-        sights, active = self._prompt_sights(query, wide, scaling, candidates, sums)
+        sights, active = self._prompt_sights(query, keys, wide, scaling, candidates, sums)
         for policy in working:
             policy.observe(sights, clocks, values, active)
         spoken = clocks.turn_tokens > 0  # a row that brought nothing to this turn has had none
@@ -408,6 +429,7 @@ class PolicyLayer(CacheLayerMixin):
     def _prompt_sights(
         self,
         query: Tensor,
+        keys: Tensor,
         wide: LayerState,
         scaling: float,
         candidates: dict[str, Tensor],
@@ -419,7 +441,8 @@ class PolicyLayer(CacheLayerMixin):
         active = (position >= 0).any(1)
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
         scores = kernel_prompt_scores if self.backend == TRITON else prompt_scores
-        every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores)
+        turned = None if self.compact is None else keys
+        every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores, turned=turned)
         working = [self.policies[name] for name in candidates]
         sights = {"all": every, **self._windows(working, wide, before, every)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
@@ -429,7 +452,8 @@ class PolicyLayer(CacheLayerMixin):
         index = newest[:, None, None, None, None].expand(*grouped.shape[:3], 1, grouped.shape[4])
         one = grouped.gather(3, index).squeeze(3)
         hidden = (wide.position < 0) | ~active[:, None, None]
-        current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), hidden, scaling)
+        one = torch.where(active[:, None, None, None], one, 0.0)
+        current = NewestQuery.of(wide, one, hidden, scaling, turned)
         current.candidates = candidates
         return {"current": current, **sights}, active
 

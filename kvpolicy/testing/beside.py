@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.oracle import Memories, Step
+from kvpolicy.attention import Rotation, turn
+from kvpolicy.oracle import Memories, Rotate, Step
 from kvpolicy.plan import Plan
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.chunks import Chunk
@@ -29,7 +31,8 @@ class Beside:
     """A runtime cache and an oracle of one plan, fed together.
 
     ``generated`` runs a layer's generated passes (hand in a compiled ``run_layer`` to check that instead); ``device``
-    and ``backend`` are the cache's.
+    and ``backend`` are the cache's. With a ``rotation``, queries and keys are fed without one, and the runtime gets
+    them rotated as a model would; by default they carry none.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class Beside:
         generated: Run = run_layer,
         device: str | torch.device = "cpu",
         backend: str = "auto",
+        rotation: Rotation | None = None,
     ) -> None:
         self.plan = plan
-        self.cache = PolicyCache(plan, device=device, backend=backend)
+        self.rotation = rotation or Rotation.none()
+        self.cache = PolicyCache(plan, device=device, backend=backend, rotation=self.rotation)
         for layer in self.cache.layers:
             layer.shows_reading = True
-        self.agreement = Agreement(plan, rows=plan.batch)
+        self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
         self.generated = generated
 
     @torch.no_grad()
@@ -70,15 +75,41 @@ class Beside:
         """
         scaling = scaling or self.plan.geometry.head_dim**-0.5
         flags = {"valid": valid, "special": special, "modality": modality}
+        rotated = [self._rotated(*given, valid) for given in tensors]
         opened = self.cache.begin(tensors[0][0].shape[2], **flags, kind=kind, more=more or None)
         run = run_layer if opened == "prompt" else self.generated
-        outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, tensors, strict=True)]
+        outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, rotated, strict=True)]
         self.cache.finish()
         steps = []
         for number, given in enumerate(tensors):
             heard = Heard(*given, outputs[number], **{name: flag for name, flag in flags.items() if flag is not None})
             steps += check_pass(self.agreement, self.cache, number, heard, opened, more=more, scaling=scaling)
         return steps
+
+    def _rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer is given: queries and keys at their positions."""
+        clocks = self.cache.clocks
+        brought = torch.ones_like(key[:, 0, :, 0]) if valid is None else valid.to(key.device)
+        place = (clocks.prompt_len + clocks.t)[:, None] + brought.long().cumsum(1) - 1
+        place = place.clamp(min=0)[:, None]
+        frequencies = torch.tensor(self.rotation.frequencies, device=key.device)
+        query, key = (turn(vectors, torch.zeros_like(place), place, frequencies) for vectors in (query, key))
+        return query, key, value
+
+
+def rotate_of(plan: Plan, rotation: Rotation) -> Rotate | None:
+    """How the oracle of a plan rotates; None where positions are absolute."""
+    if plan.policy.positions != "compact":
+        return None
+
+    def rotate(vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        place = torch.from_numpy(np.asarray(positions))
+        frequencies = torch.tensor(rotation.frequencies)
+        return turn(torch.from_numpy(vectors), torch.zeros_like(place), place, frequencies).numpy()
+
+    return rotate
 
 
 @dataclass(frozen=True)
