@@ -48,7 +48,8 @@ class PolicyCache(Cache):
         rotation: Rotation | None = None,
     ) -> None:
         check_supported(plan)
-        if rotation is None and any(layer.compact for layer in plan.layers):
+        self.compact = any(layer.compact for layer in plan.layers)
+        if rotation is None and self.compact:
             raise CacheError(
                 f"{plan.policy.name} has compact positions, for which keys are turned as the model rotates them: make "
                 "its cache with kvpolicy.cache_for(model), or say how it does, PolicyCache(plan, rotation=…)"
@@ -135,6 +136,15 @@ class PolicyCache(Cache):
         """What the next pass is, "prompt" or "generated", where nobody says so."""
         in_turn = self.turn_columns > 0 or self.expected is not None
         return "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
+
+    def coming(self, columns: int, valid: Tensor | None = None) -> Tensor:
+        """Where the columns of the next pass will stand in their rows' text [B, N]; padding goes with what follows it.
+
+        ``valid`` as ``begin`` takes it.
+        """
+        brought = torch.ones(self.plan.batch, columns, device=self.device) if valid is None else valid.to(self.device)
+        before = self.clocks.prompt_len + self.clocks.t
+        return before[:, None] + (brought.bool().long().cumsum(1) - 1).clamp(min=0)
 
     def tell(self, *, special: Tensor | None = None, modality: Tensor | None = None) -> None:
         """Say of what kind the tokens of the next pass are, as ``begin`` takes it, before the pass is opened.

@@ -90,10 +90,7 @@ class Beside:
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What a layer is given: queries and keys at their positions."""
-        clocks = self.cache.clocks
-        brought = torch.ones_like(key[:, 0, :, 0]) if valid is None else valid.to(key.device)
-        place = (clocks.prompt_len + clocks.t)[:, None] + brought.long().cumsum(1) - 1
-        place = place.clamp(min=0)[:, None]
+        place = self.cache.coming(key.shape[2], valid)[:, None]
         frequencies = torch.tensor(self.rotation.frequencies, device=key.device)
         query, key = (turn(vectors, torch.zeros_like(place), place, frequencies) for vectors in (query, key))
         return query, key, value

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Rotation, turn
 from kvpolicy.patching import cache_for
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.testing.agreement import Agreement
-from kvpolicy.testing.beside import Heard, check_pass
+from kvpolicy.testing.beside import Heard, check_pass, rotate_of
 
 
 class Witness:
@@ -38,7 +39,9 @@ class LiveAgreement:
     def __init__(self, model: Any, cache: PolicyCache | None = None, **lengths: Any) -> None:
         self.model = model
         self.cache = cache or cache_for(model, **lengths)
-        self.agreement = Agreement(self.cache.plan, rows=self.cache.plan.batch)
+        plan, compact = self.cache.plan, self.cache.layers[0].compact
+        self.rotation = Rotation.none() if compact is None else compact.rotation
+        self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
         self.witnesses = [Witness(layer) for layer in self.cache.layers]
         for witness in self.witnesses:
             witness.layer.forward = witness
@@ -58,6 +61,7 @@ class LiveAgreement:
         positions = None
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+        places = self.cache.coming(columns, None if mask is None else mask[:, -columns:])
         logits = self.model(
             ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
         ).logits
@@ -65,8 +69,15 @@ class LiveAgreement:
         for number in range(len(self.witnesses)) if layers is None else layers:
             seen = self.witnesses[number].seen
             assert seen is not None
-            heard = Heard(*(tensor.float() for tensor in seen), valid)
+            query, key, value, output = (tensor.float() for tensor in seen)
+            heard = Heard(self._unrotated(query, places), self._unrotated(key, places), value, output, valid)
             opened = "generated" if columns == 1 and not first else "prompt"
             scaling = self.witnesses[number].scaling
             check_pass(self.agreement, self.cache, number, heard, opened, scaling=scaling)
         return logits
+
+    def _unrotated(self, vectors: Tensor, places: Tensor) -> Tensor:
+        """What the oracle of compact positions is given: vectors [B, heads, N, D] without rotation, in float64."""
+        frequencies = torch.tensor(self.rotation.frequencies, device=vectors.device)
+        at = places[:, None]
+        return turn(vectors.double(), at, torch.zeros_like(at), frequencies) if self.rotation.frequencies else vectors
