@@ -136,6 +136,9 @@ def _residents(lines: Sequence[PoolTimeline], plan: Plan) -> Iterator[str]:
     width = max(len(cell) for _, cells in rows for cell in cells)
     for title, cells in rows:
         yield f"  {escape(title):<{name}}  {'  '.join(f'{cell:>{width}}' for cell in cells)}"
+    if plan.traits:
+        kinds = " or ".join({"image": "an image's", "special": "special"}[trait] for trait in sorted(plan.traits))
+        yield f"  (counted as if no token of the prompt were {kinds})"
     for line in lines:
         if line.first_eviction is not None:
             when = "at the end of the prompt" if line.first_eviction == 0 else f"at t = {line.first_eviction:,}"
@@ -150,7 +153,7 @@ def _others(groups: Sequence[Group]) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     most = max(plan.bytes, plan.dense_bytes)
-    stored = sum(b.bytes for layer in plan.layers for b in layer.buffers if b.name in ("keys", "values"))
+    stored = sum(b.bytes for layer in plan.layers for b in layer.buffers if b.holds_tokens)
     saving = 1 - plan.bytes / plan.dense_bytes if plan.dense_bytes else 0.0
     share = f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'}"
     yield f"[bold]Memory[/]: {share} than the full cache at the same lengths"

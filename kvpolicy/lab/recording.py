@@ -118,7 +118,7 @@ def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
 
 def expected_bytes(model: Any, layers: Sequence[int], tokens: int) -> int:
     """How large the file of a text of so many tokens will be, but for its header."""
-    shape = ModelGeometry.from_config(decoder_config(model))
+    shape = ModelGeometry.from_config(model.base_model.config)
     each = np.dtype(STORED[kind_of(model)][1]).itemsize
     return len(layers) * tokens * (shape.query_heads + 2 * shape.kv_heads) * shape.head_dim * each
 
@@ -190,7 +190,7 @@ def record(
 
 def describe(model: Any, tokenizer: Any, name: str, tape: Tape, prompt: int, ids: Sequence[int], digest: str) -> About:
     """What was recorded."""
-    shape = ModelGeometry.from_config(decoder_config(model))
+    shape = ModelGeometry.from_config(model.base_model.config)
     (length,) = set(tape.columns.values())
     heard = tuple(ids[:length])
     return About(

@@ -168,7 +168,7 @@ def _job(layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor, comp
         training=layer.training,
         inference=torch.is_inference_mode_enabled(),
         threads=torch.get_num_threads(),
-        turns=None if kv_layer.compact is None else kv_layer.compact.rotation,
+        turns=None if kv_layer.parts[0].compact is None else kv_layer.parts[0].compact.rotation,
     )
 
 

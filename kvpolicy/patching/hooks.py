@@ -51,7 +51,7 @@ class ModelHook:
         places = torch.arange(seen, seen + columns, device=inputs.device)[None]
         if not cache.opened_ahead:
             valid = newest_validity(given.get("attention_mask"), columns)
-            if cache.compact:  # keys are turned from where they stand in their row
+            if cache.rotation is not None:  # keys are turned from where they stand in their row
                 places = cache.coming(columns, valid)
             cache.begin(columns, valid)
         if given.get("position_ids") is None:

@@ -102,7 +102,7 @@ def apply(
     decoder = decoder_of(model, architecture)
     policy = _resolve(policy, params)
     dtype = str(model.dtype).removeprefix("torch.")
-    geometry = ModelGeometry.from_config(decoder.config, dtype)
+    geometry = ModelGeometry.from_config(model.base_model.config, dtype)
     asked = check_policy(policy, geometry).traits
     traits = TraitHook.of(model, architecture, policy, special_tokens) if asked else None
     if traits is not None and "special" in asked:

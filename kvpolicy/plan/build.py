@@ -54,7 +54,7 @@ def make_plan(
     layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
     streams = _streams(layers)
     layers = [_number_streams(layer, streams) for layer in layers]
-    layers = [replace(layer, buffers=layer_buffers(layer, geometry, batch)) for layer in layers]
+    layers = [_allocated(layer, geometry, batch) for layer in layers]
     plan = Plan(
         policy=policy,
         geometry=geometry,
@@ -86,14 +86,15 @@ def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Le
     }
     per_head = [policy.pools_for(index, geometry.layers, head) for head in range(geometry.kv_heads)]
     resolved = [_layer_pools(policy, pools, known, lengths) for pools in per_head]
-    pools, order = resolved[0]
-    uniform = all(other == resolved[0] for other in resolved)
-    heads = None if uniform else tuple(pools for pools, _ in resolved)
-    if heads is not None:  # room for the hungriest head, shared by all
-        pools = max((pools for pools, _ in resolved), key=lambda pools: sum(pool.capacity for pool in pools))
-        order = next(order for candidate, order in resolved if candidate is pools)
-    compact = policy.positions == "compact"
-    return LayerPlan(index=index, dense=per_head[0] is None, pools=pools, order=order, compact=compact, heads=heads)
+    compact, groups = policy.positions == "compact", []
+    for pools, order in dict.fromkeys(resolved):
+        members = tuple(head for head, other in enumerate(resolved) if other == (pools, order))
+        dense = per_head[members[0]] is None
+        groups.append(LayerPlan(index, dense, pools, order, members=members, compact=compact))
+    if len(groups) == 1:
+        return replace(groups[0], members=())
+    largest = max(groups, key=lambda group: group.slots)
+    return replace(largest, dense=False, members=(), groups=tuple(groups), heads=tuple(pools for pools, _ in resolved))
 
 
 def _layer_pools(
@@ -105,8 +106,21 @@ def _layer_pools(
         planned = _effective(tuple(_plan_pool(policy, name, pool, known) for name, pool in pools.items()))
     order = _update_order(planned)
     for pool in planned:
+        _check_pages(policy, pool, planned)
         _check_quantities(policy, pool, planned, lengths)
     return size_pools(planned, order, lengths), order
+
+
+def _check_pages(policy: Policy, pool: PoolPlan, pools: tuple[PoolPlan, ...]) -> None:
+    """Refuse pages that units cannot move between, or that groups do not fit: they may depend on the layer."""
+    page = next((other.page for other in pools if other.name == pool.to), pool.page)
+    if page != pool.page:
+        reason = f"units move whole, and `{pool.name}` has pages of {pool.page}, `{pool.to}` of {page}"
+        raise _refusal(policy, ("pools", pool.name, "evict", "to"), reason, "give both pools the same `page`")
+    store = pool.store
+    if store is not None and "channel" in (store.keys, store.values) and pool.page % store.group:
+        reason = f"groups by channel run along a page, and {store.group} tokens do not fit a page of {pool.page}"
+        raise _refusal(policy, ("pools", pool.name, "store", "group"), reason, "make `page` a multiple of `group`")
 
 
 def _check_quantities(policy: Policy, pool: PoolPlan, pools: tuple[PoolPlan, ...], lengths: Lengths) -> None:
@@ -271,7 +285,7 @@ def _update_order(pools: tuple[PoolPlan, ...]) -> tuple[int, ...]:
 def _streams(layers: list[LayerPlan]) -> tuple[Stream, ...]:
     found: dict[Stream, None] = {}
     for layer in layers:
-        for pool in layer.pools:
+        for pool in layer.every_pool:
             found.setdefault(pool.order_of_arrival)
     return tuple(found)
 
@@ -283,7 +297,23 @@ def _number_streams(layer: LayerPlan, streams: tuple[Stream, ...]) -> LayerPlan:
     pools = tuple(
         replace(pool, stream=streams.index(pool.order_of_arrival), size_read=pool.name in sizes) for pool in layer.pools
     )
-    return replace(layer, pools=pools)
+    groups = tuple(_number_streams(group, streams) for group in layer.groups)
+    of = {head: group.pools for group in groups for head in group.members}
+    return replace(layer, pools=pools, groups=groups, heads=tuple(of[head] for head in sorted(of)) or None)
+
+
+def _allocated(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> LayerPlan:
+    """The layer with its buffers; those of a group carry the numbers of its heads in their names."""
+    groups = tuple(
+        replace(group, buffers=layer_buffers(group, geometry.of_heads(len(group.members)), batch))
+        for group in layer.groups
+    )
+    parts = [
+        replace(buffer, name=f"heads {', '.join(map(str, group.members))}/{buffer.name}")
+        for group in groups
+        for buffer in group.buffers
+    ]
+    return replace(layer, groups=groups, buffers=tuple(parts) or layer_buffers(layer, geometry, batch))
 
 
 def _check_total(plan: Plan, lengths: Lengths) -> None:

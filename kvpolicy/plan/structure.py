@@ -7,8 +7,9 @@ U units (pages; tokens where page is 1), N new tokens, D head size.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -102,6 +103,11 @@ class Buffer:
     def bytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether it holds keys or values, and no notes about them."""
+        return not {"keys", "values"}.isdisjoint(re.split(r"[./]", self.name))
+
 
 @dataclass(frozen=True)
 class PoolPlan:
@@ -179,9 +185,10 @@ class PoolPlan:
 class LayerPlan:
     """One layer: its pools in reading order, and in which ``order`` they are updated.
 
-    ``heads`` holds pools per KV head where an override names heads, else None. ``buffers`` is everything the runtime
-    allocates for the layer, so the bytes that are printed are the bytes that are allocated. ``compact``: in each
-    pass keys and queries stand at their ranks.
+    Where an override names heads, ``heads`` holds the pools per KV head, and ``groups`` a plan for the ``members`` that
+    have equal pools, with slots of their own; ``pools`` are then those of the group that keeps most. ``buffers`` is
+    everything the runtime allocates for the layer, so the bytes that are printed are the bytes that are allocated.
+    ``compact``: in each pass keys and queries stand at their ranks.
     """
 
     index: int
@@ -190,7 +197,20 @@ class LayerPlan:
     order: tuple[int, ...]
     heads: tuple[tuple[PoolPlan, ...], ...] | None = None
     buffers: tuple[Buffer, ...] = ()
+    groups: tuple[LayerPlan, ...] = ()
+    members: tuple[int, ...] = ()
     compact: bool = False
+
+    @property
+    def every_pool(self) -> tuple[PoolPlan, ...]:
+        """The pools of all heads."""
+        return tuple(pool for group in self.groups for pool in group.pools) or self.pools
+
+    @property
+    def shape(self) -> LayerPlan:
+        """What layers that run alike have in common: all but the index, and which heads form a group."""
+        groups = tuple(replace(group, index=0, members=tuple(range(len(group.members)))) for group in self.groups)
+        return replace(self, index=0, groups=groups, heads=None, buffers=() if groups else self.buffers)
 
     @property
     def window_queries(self) -> int:
@@ -271,8 +291,7 @@ class Plan:
         names = {
             name
             for layer in self.layers
-            for pools in (layer.pools, *(layer.heads or ()))
-            for pool in pools
+            for pool in layer.every_pool
             for _, quantity in pool.quantities()
             for name in quantity.names
         }
@@ -284,7 +303,7 @@ class Plan:
         return all(
             not pool.evicts or pool.bound >= admitted(pool, self.prompt[1], self.max_new_tokens)
             for layer in self.layers
-            for pool in layer.pools
+            for pool in layer.every_pool
         )
 
 

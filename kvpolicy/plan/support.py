@@ -26,9 +26,9 @@ def unsupported(plan: Plan) -> Iterator[str]:
 
 
 def _layer(layer: LayerPlan) -> Iterator[str]:
-    if layer.heads is not None:
-        yield "overrides for single heads"
-    for pool in layer.pools:
+    for pool in layer.every_pool:
+        if layer.groups and pool.scope != "kv-head":
+            yield f"pool {pool.name}: evict scope {pool.scope} beside overrides for single heads"
         yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
 
 

@@ -6,7 +6,7 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
+from kvpolicy.runtime.split import SplitLayer
 
 
 class PolicyCache(Cache):
@@ -48,8 +49,9 @@ class PolicyCache(Cache):
         rotation: Rotation | None = None,
     ) -> None:
         check_supported(plan)
-        self.compact = any(layer.compact for layer in plan.layers)
-        if rotation is None and self.compact:
+        compact = any(layer.compact for layer in plan.layers)
+        self.rotation = rotation if compact else None
+        if rotation is None and compact:
             raise CacheError(
                 f"{plan.policy.name} has compact positions, for which keys are turned as the model rotates them: make "
                 "its cache with kvpolicy.cache_for(model), or say how it does, PolicyCache(plan, rotation=…)"
@@ -63,7 +65,9 @@ class PolicyCache(Cache):
         self.moment = Moment()
         self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
         layers = [
-            PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation)
+            (SplitLayer if layer.groups else PolicyLayer)(
+                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation
+            )
             for layer in plan.layers
         ]
         super().__init__(layers=layers)
@@ -74,12 +78,14 @@ class PolicyCache(Cache):
         """The distinct cadences, each with the stream whose pages must open before an update has work to do."""
 
         def waits(pool: PoolPlan) -> bool:
-            return pool.page > 1 and pool.cadence == 1 and pool.victims > 0 and pool.window is None
+            learns = any(leaf.remembers and isinstance(leaf.queries, int) for leaf in pool.scorer.leaves())
+            steady = pool.cadence == 1 and pool.victims > 0 and pool.window is None
+            return pool.page > 1 and steady and not learns  # a window of queries is remembered at updates alone
 
         self._cadences = {
             (pool.cadence, pool.stream if waits(pool) else None)
             for layer in self.plan.layers
-            for pool in layer.pools
+            for pool in layer.every_pool
             if pool.evicts and pool.cadence > 0
         }
         every = any(cadence == 1 and stream is None for cadence, stream in self._cadences)
@@ -208,7 +214,7 @@ class PolicyCache(Cache):
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
-        moment.special, moment.chunks = traits.get("special"), ()
+        moment.traits, moment.chunks = traits, ()
         if self.plan.prompt_chunk is None:
             moment.position, moment.places = self.clocks.prompt(valid, traits)
         else:
@@ -294,6 +300,14 @@ class PolicyCache(Cache):
             layer.reset()
         self._forget()
 
+    def parts(self) -> Iterator[PolicyLayer]:
+        """Every group of heads with equal pools, of every layer: most layers are one."""
+        for layer in self.layers:
+            yield from layer.parts
+
+    def _tensors(self) -> list[Tensor]:
+        return self.clocks.tensors() + [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order (a row may come twice), in place, as beam search asks."""
         self._select(beam_idx)
@@ -308,7 +322,7 @@ class PolicyCache(Cache):
             raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
 
     def _select(self, rows: Tensor) -> None:
-        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        tensors = self._tensors()
         for tensor in tensors:
             tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
 
@@ -317,12 +331,12 @@ class PolicyCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes that the cache's tensors hold: what the plan announced."""
-        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
         """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty."""
-        return self.layers[layer_idx].state.position.long()
+        return self.layers[layer_idx].positions()
 
     def stats(self) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
@@ -331,10 +345,10 @@ class PolicyCache(Cache):
         ``bound`` (the plan's), ``seen`` and ``evicted`` (totals).
         """
         pools: dict[str, dict[str, int]] = {}
-        for layer in self.layers:
-            for pool in layer.plan.pools:
-                _count(layer, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
-        resident = max(int((layer.state.position >= 0).sum(-1).max()) for layer in self.layers)
+        for part in self.parts():
+            for pool in part.plan.pools:
+                _count(part, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
+        resident = max(int((part.state.position >= 0).sum(-1).max()) for part in self.parts())
         return {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),

@@ -24,7 +24,7 @@ class Chunk:
     """The next n tokens of each row of a prompt pass; fewer where a row has no more.
 
     ``columns`` [B, n] says where in the pass they stand and ``valid`` [B, n] which are tokens at all: a row's come
-    first. ``clocks`` stand where they do once these tokens are in. ``position``, ``places`` and ``special`` are as of a
+    first. ``clocks`` stand where they do once these tokens are in. ``position``, ``places`` and ``traits`` are as of a
     pass of its own.
     """
 
@@ -33,7 +33,7 @@ class Chunk:
     clocks: Clocks
     position: Tensor
     places: Places
-    special: Tensor | None
+    traits: Mapping[str, Tensor]
 
     def of(self, tensor: Tensor) -> Tensor:
         """The chunk's part [B, heads, n, D] of what a pass brings [B, heads, N, D]."""
@@ -58,7 +58,7 @@ def cut(clocks: Clocks, valid: Tensor, traits: Mapping[str, Tensor], size: int) 
         before = [clock.turn_tokens.clone() for clock in clocks.streams]
         position, places = clocks.prompt(inside, own)
         standing = _standing(clocks, before, inside)
-        chunks.append(Chunk(columns, inside, standing, position, places, own.get("special")))
+        chunks.append(Chunk(columns, inside, standing, position, places, own))
     return tuple(chunks)
 
 

@@ -129,8 +129,6 @@ def _reasons(plan: LayerPlan, arrival: PoolPlan, working: PoolPlan | None) -> It
     """Everything that the kernels were not written for, in one clause each."""
     if plan.compact:
         yield "positions are compact, so all keys turn at every pass"
-    if plan.heads is not None:
-        yield "KV heads have policies of their own"
     for pool in plan.pools:
         if pool.read is not None or pool.store is not None or pool.to is not None:
             yield f"pool {pool.name} selects, quantises or feeds another"

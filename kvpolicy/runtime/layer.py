@@ -6,7 +6,8 @@ the plan's numbers and on ``moment.kind``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,10 +52,10 @@ PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 class Moment:
     """The pass that is open: set by ``PolicyCache.begin``, read by every layer. ``kind`` is None between passes.
 
-    For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which are
-    ``special`` [B, N] where the policy asks, whether more of the turn is to come, whether the cache was empty and
-    nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an update follows
-    each.
+    For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which of them
+    have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
+    empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
+    update follows each.
     ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
     """
 
@@ -62,7 +63,7 @@ class Moment:
     columns: int = 0
     position: Tensor | None = None
     places: Places = ()
-    special: Tensor | None = None
+    traits: Mapping[str, Tensor] = field(default_factory=dict)
     more: bool = False
     whole: bool = False
     first: bool = False
@@ -75,7 +76,7 @@ class Moment:
         """The same for one of its chunks alone, which ends as a turn does."""
         chunk, begins = self.chunks[number], number == 0
         whole, empty = self.whole and begins, self.empty and begins
-        own = {"position": chunk.position, "places": chunk.places, "special": chunk.special}
+        own = {"position": chunk.position, "places": chunk.places, "traits": chunk.traits}
         return replace(self, columns=chunk.valid.shape[1], more=False, whole=whole, empty=empty, chunks=(), **own)
 
 
@@ -117,7 +118,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _adopt(self, plan: LayerPlan) -> None:
         self.plan = plan
-        self.state = LayerState(plan, self.device)
+        self.state = LayerState(plan, self.device, self.clocks)
         self.policies = {pool.name: PoolPolicy(pool) for pool in plan.pools}
         self.ordered = [plan.pools[index] for index in plan.order]
         fed = {pool.to for pool in plan.pools}
@@ -135,6 +136,16 @@ class PolicyLayer(CacheLayerMixin):
             for policy in self.policies.values()
             for leaf in policy.leaves
         )
+
+    @property
+    def parts(self) -> list[PolicyLayer]:
+        """Its heads in groups of equal pools: one here, more in a ``SplitLayer``."""
+        return [self]
+
+    def positions(self, chunk: int | None = None) -> Tensor:
+        """Kept positions by slot [B, K, S], -1 where a slot is empty: now, or after a chunk of the last prompt pass,
+        where somebody looks on."""
+        return (self.state.position if chunk is None else self.after_chunks[chunk]).long()
 
     def replan(self, plan: LayerPlan) -> None:
         """Take new sizes and keep what is resident."""
@@ -348,7 +359,7 @@ class PolicyLayer(CacheLayerMixin):
         if moment.first or self.turn is None:
             self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
         self.turn.widen(self.policies, self.clocks)
-        self.turn.admit(key, value, moment.position, moment.places, moment.special, self.clocks, self.policies)
+        self.turn.admit(key, value, moment.position, moment.places, moment.traits, self.clocks, self.policies)
         wide, sums = self.turn.state, None
         if "queries" in self.state.tensors:
             self._remember_queries(query, moment.position)

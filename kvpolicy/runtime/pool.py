@@ -90,7 +90,7 @@ class PoolPolicy:
             if leaf.signal == "random":
                 seed = int(leaf.args.get("seed", 0))
                 position = clocks.position[:, None].long().expand_as(unit)
-                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, state.layer, heads, position)))
+                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, state.layer, state.kv_heads, position)))
             for name, fresh in stale:
                 tensor = state.tensors[name]
                 if not isinstance(fresh, Tensor):

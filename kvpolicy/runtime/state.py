@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from kvpolicy.plan import LayerPlan, PoolPlan
-from kvpolicy.runtime.clocks import TORCH_DTYPES
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 
 
 class LayerState:
     """Tensors of one layer by buffer name, and views of them by pool. Shapes: see ``plan.structure``."""
 
-    def __init__(self, plan: LayerPlan, device: torch.device) -> None:
-        self.plan = plan
+    def __init__(self, plan: LayerPlan, device: torch.device, clocks: Clocks) -> None:
+        self.plan, self.clocks = plan, clocks
         self.pools = {pool.name: pool for pool in plan.pools}
         self.names_read = {name for pool in plan.pools for _, quantity in pool.quantities() for name in quantity.names}
         self.tensors: dict[str, Tensor] = {
@@ -31,6 +31,8 @@ class LayerState:
         self.rows = torch.arange(rows, device=device)[:, None]
         self.heads = torch.arange(heads, device=device)[None, :]
         self.layer = torch.tensor(plan.index, device=device)
+        members = torch.tensor(plan.members, device=device) if plan.members else self.heads[0]
+        self.kv_heads = members[None, :]  # their numbers in the model, where ``heads`` are those among the slots
         self.clear()
 
     def clear(self) -> None:

@@ -7,6 +7,7 @@ packed into the layer's own slots. Prompt passes are eager: shapes here follow t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -49,7 +50,7 @@ class Turn:
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
         plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))
-        wide = LayerState(plan, old.position.device)
+        wide = LayerState(plan, old.position.device, clocks)
         for policy in policies.values():
             for leaf in policy.leaves:
                 if leaf.memory in CLOCKED:
@@ -65,21 +66,21 @@ class Turn:
         value: Tensor,
         position: Tensor,
         places: Places,
-        special: Tensor | None,
+        traits: Mapping[str, Tensor],
         clocks: Clocks,
         policies: dict[str, PoolPolicy],
     ) -> None:
         """Write a pass's tokens, each into the pool that admits it.
 
         key and value [B, K, N, D], position [B, N] (-1 for padding), by stream their ``places`` [B, N] within the turn
-        (-1 elsewhere), and which are ``special`` [B, N].
+        (-1 elsewhere), and which have the ``traits`` that the policy asks for [B, N].
         """
         state = self.state
         for pool in state.plan.pools:
             newest, clock = self.newest[pool.name], clocks.streams[pool.stream]
             place = places[pool.stream]
             if place is not None:
-                self._write(pool, key, value, position, place, special, clock)
+                self._write(pool, key, value, position, place, traits, clock)
                 self._enter(policies[pool.name], pool)
                 fresh = clock.turn_tokens - clock.heard - _left_open(pool, clock)
                 last = self.base[pool.name] + -(-fresh // pool.page) - 1
@@ -93,7 +94,7 @@ class Turn:
         value: Tensor,
         position: Tensor,
         place: Tensor,
-        special: Tensor | None,
+        traits: Mapping[str, Tensor],
         clock: StreamClock,
     ) -> None:
         """The tokens of one pool: those that have a ``place`` [B, N].
@@ -110,8 +111,8 @@ class Turn:
         state.keys[slot] = key[row, state.heads, column[:, None]]
         state.values[slot] = value[row, state.heads, column[:, None]]
         state.position[slot] = position[row, column[:, None]].to(torch.int32).expand_as(inside)
-        if special is not None and f"{pool.name}.special" in state.tensors:
-            flags = special[row, column[:, None]].expand_as(inside)
+        if f"{pool.name}.special" in state.tensors:
+            flags = traits["special"][row, column[:, None]].expand_as(inside)
             state.tensors[f"{pool.name}.special"][row, state.heads, inside] = flags
         if pool.needs_ordinals:
             ordinal = (clock.seen - clock.turn_tokens)[row] + place[row, column[:, None]]
@@ -125,7 +126,7 @@ class Turn:
                 number = state.tensors[f"{pool.name}.drawn.{leaf.number}"]
                 places = state.unit_position(pool).long()
                 seed = int(leaf.args.get("seed", 0))
-                number.copy_(drawn(seed, state.layer, state.heads[..., None], places))
+                number.copy_(drawn(seed, state.layer, state.kv_heads[..., None], places))
         if f"{pool.name}.high" in state.tensors:
             keys = state.keys[:, :, state.span(pool)].unflatten(2, (pool.units, pool.page))
             resident = (state.pool_positions(pool) >= 0)[..., None]

@@ -47,8 +47,8 @@ class Beside:
         self.plan = plan
         self.rotation = rotation or Rotation.none()
         self.cache = PolicyCache(plan, device=device, backend=backend, rotation=self.rotation)
-        for layer in self.cache.layers:
-            layer.shows_reading = True
+        for part in self.cache.parts():
+            part.shows_reading = True
         self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
         self.generated = generated
 
@@ -154,7 +154,7 @@ def check_pass(
         settled = last and (bool(chunks) or not more)
         positions = cache.positions(number) if settled else None
         if chunks and not settled:
-            positions = cache.layers[number].after_chunks[count - 1]
+            positions = cache.layers[number].positions(count - 1)
         modality = now.modality
         steps = agreement.check(
             number,
@@ -177,40 +177,43 @@ def check_pass(
 
 def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
     """What a layer's units remember, by row: (KV head, pool, leaf) -> {position of the unit: value}."""
-    layer = cache.layers[layer_idx]
-    state = layer.state
     rows: list[dict[tuple[int, str, int], dict[int, Any]]] = [{} for _ in range(cache.plan.batch)]
-    for pool in layer.plan.pools:
-        places = state.unit_position(pool).tolist()
-        for leaf in layer.policies[pool.name].leaves:
-            if leaf.memory == "none":
-                continue
-            values = state.tensors[f"{pool.name}.memory.{leaf.number}"].tolist()
-            gaps = state.tensors.get(f"{pool.name}.gap.{leaf.number}")
-            gap_values = gaps.tolist() if gaps is not None else None
-            for row, heads in enumerate(places):
-                for head, units in enumerate(heads):
-                    found = rows[row].setdefault((head, pool.name, leaf.number), {})
-                    for unit, position in enumerate(units):
-                        if position >= 0:
-                            value = values[row][head][unit]
-                            clocked = int(value) if leaf.memory in CLOCKED else value
-                            found[position] = (clocked, gap_values[row][head][unit]) if gap_values else clocked
+    for part in cache.layers[layer_idx].parts:
+        state = part.state
+        numbers = state.kv_heads[0].tolist()
+        for pool in part.plan.pools:
+            places = state.unit_position(pool).tolist()
+            for leaf in part.policies[pool.name].leaves:
+                if leaf.memory == "none":
+                    continue
+                values = state.tensors[f"{pool.name}.memory.{leaf.number}"].tolist()
+                gaps = state.tensors.get(f"{pool.name}.gap.{leaf.number}")
+                gap_values = gaps.tolist() if gaps is not None else None
+                for row, heads in enumerate(places):
+                    for head, units in enumerate(heads):
+                        found = rows[row].setdefault((numbers[head], pool.name, leaf.number), {})
+                        for unit, position in enumerate(units):
+                            if position >= 0:
+                                value = values[row][head][unit]
+                                clocked = int(value) if leaf.memory in CLOCKED else value
+                                found[position] = (clocked, gap_values[row][head][unit]) if gap_values else clocked
     return list(rows)
 
 
 def readings(cache: PolicyCache, layer_idx: int) -> list[list[dict[str, frozenset[int]]]] | None:
     """What a layer read in its last generated pass, by row and KV head: pool -> positions; None where it read all."""
-    layer = cache.layers[layer_idx]
-    state = layer.state
-    if not layer.chosen:
+    parts = cache.layers[layer_idx].parts
+    if not any(part.chosen for part in parts):
         return None
-    rows: list[list[dict[str, frozenset[int]]]] = [[{} for _ in row] for row in state.position]
-    for name, chosen in layer.chosen.items():
-        pool = state.pools[name]
-        for row, heads in enumerate(chosen.tolist()):
-            for head, units in enumerate(heads):
-                shown = layer.attended[row, head, state.span(pool)].view(pool.units, pool.page)
-                tokens = shown[[unit for unit in units if unit >= 0]].flatten().tolist()
-                rows[row][head][name] = frozenset(token for token in tokens if token >= 0)
+    heads = range(cache.plan.geometry.kv_heads)
+    rows: list[list[dict[str, frozenset[int]]]] = [[{} for _ in heads] for _ in range(cache.plan.batch)]
+    for part in parts:
+        state = part.state
+        for name, chosen in part.chosen.items():
+            pool = state.pools[name]
+            for row, by_head in enumerate(chosen.tolist()):
+                for head, units in enumerate(by_head):
+                    shown = part.attended[row, head, state.span(pool)].view(pool.units, pool.page)
+                    tokens = shown[[unit for unit in units if unit >= 0]].flatten().tolist()
+                    rows[row][int(state.kv_heads[0, head])][name] = frozenset(t for t in tokens if t >= 0)
     return rows

@@ -39,38 +39,38 @@ class LiveAgreement:
     def __init__(self, model: Any, cache: PolicyCache | None = None, **lengths: Any) -> None:
         self.model = model
         self.cache = cache or cache_for(model, **lengths)
-        plan, compact = self.cache.plan, self.cache.layers[0].compact
-        self.rotation = Rotation.none() if compact is None else compact.rotation
+        plan, self.rotation = self.cache.plan, self.cache.rotation or Rotation.none()
         self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
         self.witnesses = [Witness(layer) for layer in self.cache.layers]
         for witness in self.witnesses:
             witness.layer.forward = witness
-            witness.layer.shows_reading = True
+        for part in self.cache.parts():
+            part.shows_reading = True
 
     @torch.no_grad()
-    def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None) -> Tensor:
+    def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None, **inputs: Any) -> Tensor:
         """One pass of the model over ``ids`` [B, N], compared in ``layers`` (all by default); returns the logits.
 
         Args:
             mask: [B, columns seen + N], 0 for padding, as the model takes it.
+            inputs: further inputs of the model.
 
         Raises:
             Disagreement: the first layer, row and head where the runtime kept otherwise.
         """
         columns, first = ids.shape[1], self.cache.get_seq_length() == 0
-        positions = None
         if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+            inputs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:])
         places = self.cache.coming(columns, None if mask is None else mask[:, -columns:])
-        logits = self.model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
-        ).logits
+        logits = self.model(ids, attention_mask=mask, past_key_values=self.cache, logits_to_keep=1, **inputs).logits
         valid = None if mask is None or columns == 1 else mask[:, -columns:].bool()
+        traits = self.cache.moment.traits if columns > 1 or first else {}
         for number in range(len(self.witnesses)) if layers is None else layers:
             seen = self.witnesses[number].seen
             assert seen is not None
             query, key, value, output = (tensor.float() for tensor in seen)
-            heard = Heard(self._unrotated(query, places), self._unrotated(key, places), value, output, valid)
+            query, key = self._unrotated(query, places), self._unrotated(key, places)
+            heard = Heard(query, key, value, output, valid, traits.get("special"), traits.get("image"))
             opened = "generated" if columns == 1 and not first else "prompt"
             scaling = self.witnesses[number].scaling
             check_pass(self.agreement, self.cache, number, heard, opened, scaling=scaling)

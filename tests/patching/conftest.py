@@ -16,29 +16,14 @@ from transformers import (
 )
 
 from kvpolicy.language import loads_policy
-
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "patch_size": 2,
-    "temporal_patch_size": 1,
-    "spatial_merge_size": 2,
-    "window_size": 8,
-    "fullatt_block_indexes": [0],
-    "out_hidden_size": 32,
-    "initializer_range": 0.3,
-}
-"""A vision tower that makes one token of 4 x 4 pixels."""
+from kvpolicy.testing.models import OWN
 
 
 def qwen2_5_vl_config(**text):
-    """Head size 8: its 4 pairs of channels are turned by time (2), height and width."""
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    marks = {"image_token_id": 94, "video_token_id": 93, "vision_start_token_id": 95, "vision_end_token_id": 96}
+    """The shape of the others' decoders, behind a small vision tower."""
+    own = dict(OWN["qwen2_5_vl"])
     whole = {name: text.pop(name) for name in ("attn_implementation",) if name in text}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=VISION, **marks, **whole)
+    return Qwen2_5_VLConfig(text_config={**text, **own.pop("decoder")}, **own, **whole)
 
 
 FAMILIES = {

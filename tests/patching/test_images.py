@@ -10,6 +10,8 @@ from kvpolicy.language import loads_policy
 from kvpolicy.patching import apply, cache_for, remove
 from kvpolicy.runtime import decode_loop
 from kvpolicy.runtime.waiting import no_waiting
+from kvpolicy.testing.live import LiveAgreement
+from kvpolicy.testing.models import random_model
 
 IMAGE, START, END = 94, 95, 96
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -52,6 +54,45 @@ def seeing(build):
 
 def kept(cache, row, layer=0, head=0):
     return sorted(set(cache.positions(layer)[row, head].tolist()) - {-1})
+
+
+def test_a_live_model_keeps_what_the_oracle_keeps(seeing):
+    """Images by the question, special tokens pinned, text under a budget; padded rows, with their pictures."""
+    rest = "rest: {admit: all, budget: 12, window: 3, pinned: {tokens: special}, scorer: {signal: attention}}"
+    by_question = "budget: 3, scorer: {signal: attention, queries: {last: 4}}, update: prompt-end"
+    apply(seeing, policy(by_question, rest), special_tokens=[START, END])
+    live = LiveAgreement(seeing, prompt=(20, 22), max_new_tokens=20, batch=2)
+    inputs = said()
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    live.feed(ids, mask, position_ids=None, **inputs)
+    for step in range(20):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        places = mask.sum(1, keepdim=True) - 1 + seeing.model.rope_deltas
+        live.feed(torch.full((2, 1), 3 + step), mask, position_ids=places)
+    assert live.agreement.compared == 21 * 2 * 3 * 2
+    assert all(counts["evicted"] > 0 for counts in live.cache.stats()["pools"].values())
+    assert live.cache.bytes == live.cache.plan.bytes
+
+
+def test_a_model_whose_decoder_is_anothers(greedy):
+    """LLaVA: pictures by ids alone."""
+    model, random = random_model("llava"), torch.Generator().manual_seed(5)
+    ids = torch.randint(2, 90, (2, 15), generator=random)
+    ids[:, 3:7] = IMAGE
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, generator=random)}
+    expected = model.generate(**inputs, **GREEDY, max_new_tokens=64)
+    apply(model, policy("budget: 4, update: prompt-end"))
+    got = model.generate(**inputs, **GREEDY, max_new_tokens=64)
+    for one, other in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    remove(model)
+    again = model.generate(**inputs, **GREEDY, max_new_tokens=64)
+    assert all(torch.equal(one, other) for one, other in zip(again.logits, expected.logits, strict=True))
+    apply(model, policy("budget: 1, update: prompt-end"))
+    out = model.generate(**inputs, **greedy, return_dict_in_generate=True)
+    assert kept(out.past_key_values, 0) == [0, 1, 2, *range(6, 15 + 23)]
+    lean = model.generate(**inputs, **greedy, custom_generate=decode_loop)
+    assert torch.equal(lean, out.sequences)
 
 
 @pytest.mark.parametrize("compile", [None, "eager"])
