@@ -31,8 +31,8 @@ class Beside:
     """A runtime cache and an oracle of one plan, fed together.
 
     ``generated`` runs a layer's generated passes (hand in a compiled ``run_layer`` to check that instead); ``device``
-    and ``backend`` are the cache's. With a ``rotation``, queries and keys are fed without one, and the runtime gets
-    them rotated as a model would; by default they carry none.
+    and ``backend`` are the cache's. Where positions are compact, queries and keys are fed without a rotation, and the
+    runtime gets them with this ``rotation``, as a model would rotate them; by default they carry none.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Beside:
         rotation: Rotation | None = None,
     ) -> None:
         self.plan = plan
-        self.rotation = rotation or Rotation.none()
-        self.cache = PolicyCache(plan, device=device, backend=backend, rotation=self.rotation)
+        self.cache = PolicyCache(plan, device=device, backend=backend, rotation=rotation or Rotation.none())
+        self.rotation = self.cache.rotation or Rotation.none()
         for part in self.cache.parts():
             part.shows_reading = True
         self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
