@@ -90,7 +90,8 @@ class PoolPlan:
     """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages.
 
     One update of a generated pass drops at most ``victims`` units (0: any number); one generated pass reads at most
-    ``read_units`` of them beside the newest.
+    ``read_units`` of them beside the newest. Slots of a ``shared`` pool are all KV heads' together: a row has
+    ``capacity`` of them, and any may hold any head's token.
     """
 
     name: str
@@ -112,6 +113,7 @@ class PoolPlan:
     capacity: int = 0
     bound: int = 0
     offset: int = 0
+    shared: bool = False
     victims: int = 0
     read_units: int = 0
     size_read: bool = False
@@ -169,8 +171,13 @@ class LayerPlan:
 
     @property
     def slots(self) -> int:
-        """S: token slots allocated per row and KV head."""
-        return sum(pool.capacity for pool in self.pools)
+        """S: token slots that each KV head of a row has for itself."""
+        return sum(pool.capacity for pool in self.pools if not pool.shared)
+
+    @property
+    def shared(self) -> tuple[PoolPlan, ...]:
+        """Pools whose slots the KV heads of a row share."""
+        return tuple(pool for pool in self.pools if pool.shared)
 
     @property
     def bound(self) -> int:
@@ -219,7 +226,12 @@ class Plan:
     @property
     def prompt_peak(self) -> int:
         """Tokens a layer holds while it reads the longest prompt, per row and KV head, before it drops any."""
-        return max(layer.slots for layer in self.layers) + self.prompt[1]
+        wide = (layer.slots + sum(pool.bound for pool in layer.shared) for layer in self.layers)
+        return max(wide) + self.prompt[1]
+
+    def slots_per_head(self, layer: LayerPlan) -> int:
+        """Token slots of a layer per row and KV head, where heads share them on average, rounded up."""
+        return layer.slots + -(-sum(pool.capacity for pool in layer.shared) // self.geometry.kv_heads)
 
     @property
     def reads_lengths(self) -> bool:
@@ -237,8 +249,11 @@ class Plan:
     @property
     def never_fires(self) -> bool:
         """True where no pool can exceed its budget at these lengths."""
+        heads = self.geometry.kv_heads
         return all(
-            not pool.evicts or pool.bound >= admitted(pool, self.prompt[1], self.max_new_tokens)
+            not pool.evicts
+            or (pool.capacity if pool.shared else pool.bound)
+            >= admitted(pool, self.prompt[1], self.max_new_tokens) * (heads if pool.shared else 1)
             for layer in self.layers
             for pool in layer.pools
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvpolicy.errors import UsageError
 from kvpolicy.language.signals import SIGNALS, definition, origin
+from kvpolicy.plan.signals import needs, scoring_leaves
 from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ScorerPlan
 
 
@@ -34,6 +35,10 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
         yield "overrides for single heads"
     for pool in layer.pools:
         yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
+    if layer.shared:
+        names = ", ".join(pool.name for pool in layer.shared)
+        for pool in layer.pools:
+            yield from (f"pool {pool.name}: {reason} beside {names}, whose heads share" for reason in _beside(pool))
 
 
 def _pool(pool: PoolPlan) -> Iterator[str]:
@@ -43,8 +48,8 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
         yield "a pool fed by another"
     if pool.pin_special:
         yield "pinned {tokens: special}"
-    if pool.scope == "across-heads":
-        yield "evict scope across-heads"
+    if pool.scope == "across-heads" and pool.evicts and not pool.shared:
+        yield _across_heads(pool)
     if pool.to is not None:
         yield "evict {to: …}"
     if pool.store is not None:
@@ -52,6 +57,27 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
     if pool.evicts:
         for leaf in pool.scorer.leaves():
             yield from _leaf(leaf)
+
+
+def _across_heads(pool: PoolPlan) -> str:
+    """Why heads cannot share this pool's slots."""
+    if pool.cadence > 0 or "generated" in pool.admits:
+        return "evict scope across-heads while generating"
+    return "evict scope across-heads in a pool that selects, stores in bits, or is linked to another"
+
+
+def _beside(pool: PoolPlan) -> Iterator[str]:
+    """What a pool may not ask in generated passes of a layer in which heads share slots: what needs the shared units'
+    keys head by head, which would be a copy of them."""
+    leaves = list(scoring_leaves(pool)) if pool.cadence > 0 else []
+    for leaf in (*leaves, *(pool.read.scorer.leaves() if pool.read is not None else ())):
+        if (
+            leaf.hit is not None
+            and leaf.hit[0] == "top"
+            and leaf.over == "cache"
+            and needs(leaf.signal) - {"logits", "drawn"}
+        ):
+            yield f"hits of {leaf.signal} over the cache"
 
 
 def _leaf(leaf: ScorerPlan) -> Iterator[str]:

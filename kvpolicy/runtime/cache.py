@@ -261,8 +261,11 @@ class PolicyCache(Cache):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
-        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty."""
-        return self.layers[layer_idx].state.position.long()
+        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty.
+
+        Slots that KV heads share come last; there -1 also stands where a token is another head's.
+        """
+        return self.layers[layer_idx].state.all_positions.long()
 
     def stats(self) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
@@ -274,7 +277,7 @@ class PolicyCache(Cache):
         for layer in self.layers:
             for pool in layer.plan.pools:
                 _count(layer, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
-        resident = max(int((layer.state.position >= 0).sum(-1).max()) for layer in self.layers)
+        resident = max(int((layer.state.all_positions >= 0).sum(-1).max()) for layer in self.layers)
         return {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),

@@ -20,6 +20,7 @@ from kvpolicy.attention import (
     attend_part,
     attend_prompt,
     attend_prompt_and_sum,
+    attend_shared,
     attend_slots,
     merge_parts,
     newest_queries,
@@ -183,7 +184,7 @@ class PolicyLayer(CacheLayerMixin):
             return self.fused(query, key, value, scaling, kind == UPDATE)
         self._admit(key, value)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
-        if self.readers:
+        if self.readers or self.plan.shared:
             out, sight = self._attend_to_chosen(grouped, scaling, kind)
             self._learn_and_drop(sight, kind == UPDATE)
             return rearrange(out, "b k g d -> b 1 (k g) d")
@@ -204,7 +205,8 @@ class PolicyLayer(CacheLayerMixin):
         return rearrange(out, "b k g d -> b 1 (k g) d")
 
     def _attend_to_chosen(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
-        """Steps 2 and 3 where pools select: attention of one query a row [B, K, G, D] over what is read.
+        """Steps 2 and 3 where pools select, or heads share slots: attention of one query a row [B, K, G, D] over what
+        is read.
 
         Unless a scorer needs the logits of every slot, those that are not read are never touched.
         """
@@ -221,7 +223,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.reads_logits[kind]:
             sight.read = read_slots(state, chosen)
             sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None])
-            return torch.matmul(sight.probabilities.to(state.values.dtype), state.values), sight
+            return state.mix(sight.probabilities), sight
         attend_paged = kernel_pages if self.backend == TRITON else attend_pages
         parts = []
         for pools in self.stretches:
@@ -232,6 +234,7 @@ class PolicyLayer(CacheLayerMixin):
                 parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
             else:
                 parts.append(attend_part(*given, hidden[:, :, span], scaling))
+        parts += [attend_shared(query, keys, values, owner, scaling) for keys, values, owner in state.shared_slots]
         return merge_parts(*zip(*parts, strict=True))[0] if len(parts) > 1 else parts[0][0], sight
 
     def _remember_query(self, query: Tensor) -> None:
@@ -273,7 +276,7 @@ class PolicyLayer(CacheLayerMixin):
             if update or policy.remembers:
                 sight.candidates[policy.name] = policy.candidates(state, clocks, values)
         if update:
-            before = state.position.clone() if len(working) > 1 else state.position
+            before = state.all_positions.clone() if len(working) > 1 else state.all_positions
             sights |= self._windows(working, state, before, sight)
         for policy in working:
             policy.observe(sights, clocks, values)
@@ -420,7 +423,7 @@ class PolicyLayer(CacheLayerMixin):
 def _stretches(layer: LayerPlan) -> list[list[PoolPlan]]:
     """Neighbouring pools that are read alike: whole, or each by its own choice."""
     stretches: list[list[PoolPlan]] = []
-    for pool in layer.pools:
+    for pool in (pool for pool in layer.pools if not pool.shared):
         if stretches and pool.read is None and stretches[-1][-1].read is None:
             stretches[-1].append(pool)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import PoolPlan
 from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.shared_slots import pack_shared, unpack_shared
 from kvpolicy.runtime.state import LayerState
 
 SLOT_BUFFERS = ("keys", "values", "position")
@@ -21,12 +22,17 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
     """Move what is resident in ``wide`` into other slots, in order of position, and lay out the rings."""
     kept_over = {name: tensor.clone() for name, tensor in into.tensors.items() if outlives_slots(name)}
     kept: dict[str, tuple[Tensor, Tensor]] = {}
-    for pool in wide.plan.pools:
+    for pool in (pool for pool in wide.plan.pools if not pool.shared):
         resident = wide.resident_units(pool)
         place = torch.where(resident, wide.unit_position(pool), torch.iinfo(torch.int32).max)
         kept[pool.name] = (torch.argsort(place, dim=-1, stable=True), resident.sum(-1))
     into.clear()
     for pool, source in zip(into.plan.pools, wide.plan.pools, strict=True):
+        if pool.size_read:
+            into.tensors[f"{pool.name}.size"].copy_(wide.tensors[f"{pool.name}.size"])
+        if pool.shared:
+            pack_shared(wide, source, into, pool)
+            continue
         order, count = kept[pool.name]
         most = int(count.max()) if count.numel() else 0
         if most > pool.units:
@@ -36,8 +42,6 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
             )
         _move(wide, source, into, pool, order[..., :most], count)
         into.lay_ring(pool, count, clocks.streams[pool.stream].opened)
-        if pool.size_read:
-            into.tensors[f"{pool.name}.size"].copy_(wide.tensors[f"{pool.name}.size"])
     for name, tensor in kept_over.items():
         into.tensors[name].copy_(tensor)
 
@@ -50,6 +54,9 @@ def outlives_slots(name: str) -> bool:
 def carry(old: LayerState, wide: LayerState) -> None:
     """Copy every pool of ``old`` into the front of the same pool of a wider state."""
     for source, target in zip(old.plan.pools, wide.plan.pools, strict=True):
+        if source.shared:
+            unpack_shared(old, source, wide, target)
+            continue
         for name in SLOT_BUFFERS:
             width = min(source.capacity, target.capacity)
             wide.tensors[name][:, :, target.offset : target.offset + width] = old.tensors[name][

@@ -27,11 +27,15 @@ class Turn:
 
     def __init__(self, state: LayerState, clocks: Clocks, geometry: ModelGeometry, empty: bool) -> None:
         self.geometry = geometry
+        held = {pool.name: state.resident_units(pool).sum(-1) for pool in state.plan.shared}
         self.base = {pool.name: 0 if empty else pool.units for pool in state.plan.pools}
+        self.base |= {name: int(count.max()) for name, count in held.items()}  # units of the fullest head
         self.tokens = 0  # columns of the workspace that the turn may have filled so far
         self.state = state
         self.newest = {
-            pool.name: torch.full_like(state.tensors[f"{pool.name}.tail"], -1)
+            pool.name: held[pool.name] - 1
+            if pool.shared
+            else torch.full_like(state.tensors[f"{pool.name}.tail"], -1)
             if empty
             else state.newest_unit(pool, clocks.streams[pool.stream].opened)
             for pool in state.plan.pools
@@ -45,7 +49,7 @@ class Turn:
         offset = 0
         for pool in old.plan.pools:
             units = self.base[pool.name] + (-(-self.tokens // pool.page) if "prompt" in pool.admits else 0)
-            pools.append(replace(pool, capacity=max(1, units) * pool.page, offset=offset))
+            pools.append(replace(pool, capacity=max(1, units) * pool.page, offset=offset, shared=False))
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
         plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))
