@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -10,8 +10,10 @@ import typer
 from rich.markup import escape
 
 from kvpolicy.architecture import architectures
-from kvpolicy.cli import output
+from kvpolicy.cli import methods, output
 from kvpolicy.cli.arguments import Json
+from kvpolicy.cli.page import wrapped
+from kvpolicy.cli.words import listed
 from kvpolicy.errors import UsageError
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.signals import clash, definition, origin, signal_names
@@ -33,14 +35,51 @@ def run(
     json: Json = False,
 ) -> None:
     """List what is installed: policies, signals, built-in models, architectures."""
-    found = {each.value: FINDERS[each]() for each in ([kind] if kind else Kind)}
+    more = verbose or json
+    found = {each.value: FINDERS[each](more) for each in ([kind] if kind else Kind)}
     if json:
         output.json_object(found)
         return
     for index, (title, entries) in enumerate(found.items()):
         if index:
             output.data("")
-        _show(title, entries, verbose)
+        if verbose and title == Kind.policies:
+            _describe(entries)
+        else:
+            _show(title, entries, verbose)
+
+
+def _describe(entries: list[dict[str, Any]]) -> None:
+    """Policies one after the other: more than a row of a table holds."""
+    output.data(f"[bold]policies[/]  laws: {methods.NOTATION}; tokens of a layer, per row and KV head")
+    for entry in entries:
+        output.data("")
+        output.data(f"[bold]{escape(entry['name'])}[/]  {escape(', '.join(entry['cite']))}".rstrip())
+        for line in wrapped(entry["summary"], "  "):
+            output.data(line)
+        for title, told in _lines(entry):
+            for line in wrapped(told, f"  {title:<9} "):
+                output.data(line)
+
+
+def _lines(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "params", ", ".join(f"{name}={value}" for name, value in entry["params"].items()) or "none"
+    yield "pools", "; ".join(_pool_words(pool) for pool in entry["pools"])
+    yield "memory", entry["memory"]
+    yield "time", f"{entry['time']} (tokens read in a generated step)"
+    told = [f"{signal['name']} (reads {listed(signal['reads'] or ['nothing'])})" for signal in entry["signals"]]
+    yield "signals", ", ".join(told) or "none"
+    yield "backends", "; ".join(f"{name}: {where}" for name, where in entry["backends"].items())
+    yield "tests", str(entry["tests"])
+
+
+def _pool_words(pool: dict[str, Any]) -> str:
+    """`generated: at most max(32, 1024 - size(prompt)), in pages of 16: O(B)`."""
+    stays = f"at most {pool['budget']}" if pool["budget"] else "all"
+    pages = f", in pages of {pool['page']}" if pool["page"] > 1 else ""
+    bits = f", in {pool['bits']} bits" if pool["bits"] else ""
+    reads = f", reads {pool['reads']}" if pool["reads"] != "all" else ""
+    return f"{pool['name']} {pool['memory']}, {stays}{pages}{bits}{reads}"
 
 
 def _show(title: str, entries: list[dict[str, Any]], verbose: bool) -> None:
@@ -55,22 +94,15 @@ def _cell(value: Any) -> str:
     return escape(", ".join(value) if isinstance(value, list) else str(value))
 
 
-def policies() -> list[dict[str, Any]]:
-    """Shipped policies and those of plug-ins."""
+def policies(more: bool) -> list[dict[str, Any]]:
+    """Shipped policies; ``more`` plans each, and asks the backends, which imports torch."""
+    if more:
+        return [methods.facts(name) | {"backends": methods.backends(name)} for name in shipped_policies()]
     found = [load_policy(name) for name in shipped_policies()]
-    return [
-        {
-            "name": policy.name,
-            "summary": policy.summary,
-            "params": {name: str(param.default) for name, param in policy.params.items()},
-            "cite": list(policy.cite),
-            "tests": len(policy.tests),
-        }
-        for policy in found
-    ]
+    return [{"name": policy.name, "summary": policy.summary} for policy in found]
 
 
-def signals() -> list[dict[str, Any]]:
+def signals(more: bool) -> list[dict[str, Any]]:
     """What a scorer can rank by; one of a plug-in that is broken says so."""
     return [{"name": name, "summary": _meaning(name), "from": origin(name)} for name in signal_names()]
 
@@ -82,17 +114,17 @@ def _meaning(signal: str) -> str:
         return f"BROKEN: {error}"
 
 
-def models() -> list[dict[str, Any]]:
+def models(more: bool) -> list[dict[str, Any]]:
     """Models that come with kvpolicy, or that it can fetch by itself."""
     return [{"name": model.name, "summary": model.summary} for model in builtin_models()]
 
 
-def supported_architectures() -> list[dict[str, Any]]:
+def supported_architectures(more: bool) -> list[dict[str, Any]]:
     """Model types that a policy can be applied to."""
     return [{"name": name, "summary": entry.covers} for name, entry in sorted(architectures().items())]
 
 
-FINDERS: dict[Kind, Callable[[], list[dict[str, Any]]]] = {
+FINDERS: dict[Kind, Callable[[bool], list[dict[str, Any]]]] = {
     Kind.policies: policies,
     Kind.signals: signals,
     Kind.models: models,

@@ -98,6 +98,15 @@ def check_transfers(pools: Mapping[str, Pool]) -> Iterator[Placed]:
             yield where, Complaint(f"there is no pool `{shown(to)}` to evict to", hint)
         elif pool.budget is None:
             yield where, Complaint(f"`{shown(name)}` has no budget, so it never sends anything", "give it a budget")
+        elif "generated" in pools[to].admits:
+            reason = f"`{shown(to)}` admits generated tokens, so no other pool can send it units"
+            yield where, Complaint(reason, "let it admit the prompt, or nothing, and feed it from here alone")
+        elif pools[to].evict.scope == "layer" and pool.evict.scope != "layer":
+            reason = f"`{shown(to)}` keeps one set for all heads, but each head sends it units of its own"
+            yield where, Complaint(reason, f"give `{shown(name)}` the scope `layer` too, or `{shown(to)}` another one")
+        elif whole(pool.page) != whole(pools[to].page):
+            pages = f"`{shown(name)}` has pages of {pool.page.text}, `{shown(to)}` of {pools[to].page.text}"
+            yield where, Complaint(f"units move whole, and {pages}", "give both pools the same `page`")
 
 
 def check_order(pools: Mapping[str, Pool]) -> Iterator[Placed]:
@@ -150,6 +159,11 @@ def check_sizes(pool: Pool) -> Iterator[Placed]:
     if pool.read is not None and (whole(pool.read.top) or page) < page:
         reason = f"reading {whole(pool.read.top)} tokens is less than one page of {page}"
         yield ("read", "top"), Complaint(reason, f"read {page} or more")
+    if pool.store is not None and "channel" in (pool.store.keys, pool.store.values):
+        group = whole(pool.store.group)
+        if group is not None and group > 0 and page % group:
+            reason = f"groups by channel run along the tokens of a page, and {group} do not fit a page of {page}"
+            yield ("store", "group"), Complaint(reason, f"make `page` a multiple of {group}, or group by token")
     if budget is None:
         return
     if budget < page:

@@ -10,8 +10,9 @@ Where the language leaves a choice, the oracle reads it so:
 - A row that brings no token to a pass is untouched by it, except that a turn's first pass closes its open pages.
 - ``prompt_chunk``: the caller feeds the chunks (``more=True`` but for the last), and an update follows each of them.
 - A unit enters its pool, and its memory starts, with its first token.
-- A pool fed by ``to`` takes over what a unit held token by token, in order of position; its ``first`` and ``window``
-  are counted among its residents. What was just moved there takes part in the destination's update of the same pass.
+- A pool fed by ``to`` takes over units whole, in order of position; its ``first`` and ``window`` are counted among its
+  residents, and no page of it is open. What was just moved there takes part in the destination's update of the same
+  pass.
 - ``across-heads`` counts in units: a head's room is the whole pages of its budget less the protected ones. Of equal
   score and position, the lower head's unit goes first.
 - ``read``: all units of the pool are its candidates.
@@ -29,9 +30,9 @@ Where the language leaves a choice, the oracle reads it so:
 - ``positions: compact``: queries and keys are given unrotated, with ``rotate(vectors, positions)``. In each pass a key
   is turned to its rank among the residents of its KV head, a query to the rank of its own token there.
 - ``store {bits, group, keys, values}``: numbers are rounded to 2^bits levels between the least and the greatest of
-  their group, both included. Along ``token`` a group is ``group`` neighbouring channels of one token. Along ``channel``
-  it is one channel of the ``group`` tokens with equal (ordinal in the pool // group), rounded once the last of them has
-  entered, over those still resident. Rounding takes effect after the pass, for everyone.
+  their group, both included: along ``token`` ``group`` neighbouring channels of one token, along ``channel`` one
+  channel of ``group`` neighbouring tokens of a page. A page is rounded once, when it is full, closed or was moved; it
+  takes effect after the pass, for everyone, and not before a prompt turn has ended.
 """
 
 from kvpolicy.oracle.records import Choice, Hit, PoolStep, Reading, Step

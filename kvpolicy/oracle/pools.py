@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import numpy as np
 
@@ -37,7 +36,8 @@ class Pool:
         return tokens_of(self.pages)
 
     def protected(self, first: int, window: int, special: Sequence[bool]) -> Array:
-        """Which pages are safe [pages] bool: a page is if any of its tokens is, and so is the newest (page > 1)."""
+        """Which pages are safe [pages] bool: a page is if any of its tokens is, and so is the newest (page > 1), unless
+        another pool moves its units here."""
         if not self.pages:
             return np.zeros(0, dtype=bool)
         positions = np.array([position for page in self.pages for position in page.positions])
@@ -51,7 +51,7 @@ class Pool:
         pages = np.logical_or.reduceat(safe, np.cumsum([0, *(len(page.positions) for page in self.pages[:-1])]))
         if self.plan.pin_survivors:
             pages |= np.array([page.survivor for page in self.pages])
-        if self.plan.page > 1:
+        if self.plan.page > 1 and not self.fed:
             pages[-1] = True
         return pages
 
@@ -69,35 +69,41 @@ class Pool:
     def copy(self) -> Pool:
         return replace(self, pages=[page.copy() for page in self.pages], stored=set(self.stored))
 
+    def receive(self, page: Page, t: int) -> None:
+        """Take over a unit of another pool as it is, but for its memory. No page is open then."""
+        places = list(range(self.seen, self.seen + len(page.positions)))
+        self.pages.append(Page(t, list(page.positions), places))
+        self.open = False
+        self.seen += len(places)
+
     def store(self, what: str, vectors: Array) -> None:
-        """Round the pool's "keys" or "values" among ``vectors`` [T, D], in place, each once: when its group is full."""
+        """Round the pool's "keys" or "values" among ``vectors`` [T, D] in place, a page once, when it is complete."""
         plan = self.plan.store
         if plan is None:
             return
-        tokens = sorted(token for page in self.pages for token in zip(page.ordinals, page.positions, strict=True))
-        waiting = [(ordinal, position) for ordinal, position in tokens if (what, position) not in self.stored]
-        if (plan.keys if what == "keys" else plan.values) == "token":
-            for _, position in waiting:
-                vectors[position] = rounded_token(vectors[position], plan)
-            done = [position for _, position in waiting]
-        else:
-            done = []
-            for number, members in groupby(waiting, key=lambda token: token[0] // plan.group):
-                if self.seen >= (number + 1) * plan.group:
-                    block = [position for _, position in members]
-                    vectors[block] = rounded(vectors[block], plan.bits)
-                    done += block
-        self.stored |= {(what, position) for position in done}
+        for page in self.pages:
+            waits = self.open and page is self.pages[-1] and len(page.positions) < self.plan.page
+            if not waits and (what, page.position) not in self.stored:
+                by = plan.keys if what == "keys" else plan.values
+                vectors[page.positions] = (rounded_tokens if by == "token" else rounded_channels)(
+                    vectors[page.positions], plan
+                )
+                self.stored.add((what, page.position))
 
 
 def tokens_of(pages: Sequence[Page]) -> frozenset[int]:
     return frozenset(position for page in pages for position in page.positions)
 
 
-def rounded_token(vector: Array, plan: StorePlan) -> Array:
-    """Groups of neighbouring channels of one token."""
-    groups = [vector[start : start + plan.group] for start in range(0, len(vector), plan.group)]
-    return np.concatenate([rounded(group, plan.bits) for group in groups])
+def rounded_tokens(vectors: Array, plan: StorePlan) -> Array:
+    """A page [n, D] whose groups are neighbouring channels of one token."""
+    return rounded_channels(vectors.T, plan).T
+
+
+def rounded_channels(vectors: Array, plan: StorePlan) -> Array:
+    """A page [n, D] whose groups are one channel of neighbouring tokens."""
+    starts = range(0, len(vectors), plan.group)
+    return np.concatenate([rounded(vectors[start : start + plan.group], plan.bits) for start in starts])
 
 
 def rounded(numbers: Array, bits: int) -> Array:

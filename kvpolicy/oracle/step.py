@@ -68,8 +68,8 @@ class OracleLayer:
         """One pass; ``Oracle.step`` says what everything is."""
         if scaling is not None:
             self.text.scaling = scaling
-        for head, pools in enumerate(self.heads):  # what earlier passes left in few bits is read so from now on
-            for pool in pools.values():
+        for head, pools in enumerate(() if self.in_turn else self.heads):
+            for pool in pools.values():  # what earlier passes left in few bits is read so from now on
                 for what, vectors in (("keys", self.text.keys), ("values", self.text.values)):
                     if vectors is not None:
                         pool.store(what, vectors[head])
@@ -224,8 +224,8 @@ class OracleLayer:
             choices[head, name] = _choice(budget, pool, scores[head], candidates, lowest, gone)
             leaving = [page for page, yes in zip(pool.pages, gone, strict=True) if yes]
             pool.take(leaving)
-            for position in sorted(tokens_of(leaving)) if pool.plan.to is not None else ():
-                self.heads[head][str(pool.plan.to)].enter(position, self.t)
+            for page in sorted(leaving, key=lambda page: page.position) if pool.plan.to is not None else ():
+                self.heads[head][str(pool.plan.to)].receive(page, self.t)
         return choices
 
     def _scores(self, head: int, name: str, safe: Array) -> Array:

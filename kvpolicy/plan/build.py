@@ -95,8 +95,21 @@ def _layer_pools(
         planned = _effective(tuple(_plan_pool(policy, name, pool, known) for name, pool in pools.items()))
     order = _update_order(planned)
     for pool in planned:
+        _check_pages(policy, pool, planned)
         _check_quantities(policy, pool, planned, lengths)
     return size_pools(planned, order, lengths), order
+
+
+def _check_pages(policy: Policy, pool: PoolPlan, pools: tuple[PoolPlan, ...]) -> None:
+    """Refuse pages that units cannot move between, or that groups do not fit: they may depend on the layer."""
+    page = next((other.page for other in pools if other.name == pool.to), pool.page)
+    if page != pool.page:
+        reason = f"units move whole, and `{pool.name}` has pages of {pool.page}, `{pool.to}` of {page}"
+        raise _refusal(policy, ("pools", pool.name, "evict", "to"), reason, "give both pools the same `page`")
+    store = pool.store
+    if store is not None and "channel" in (store.keys, store.values) and pool.page % store.group:
+        reason = f"groups by channel run along a page, and {store.group} tokens do not fit a page of {pool.page}"
+        raise _refusal(policy, ("pools", pool.name, "store", "group"), reason, "make `page` a multiple of `group`")
 
 
 def _check_quantities(policy: Policy, pool: PoolPlan, pools: tuple[PoolPlan, ...], lengths: Lengths) -> None:

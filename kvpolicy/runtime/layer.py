@@ -100,7 +100,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _adopt(self, plan: LayerPlan) -> None:
         self.plan = plan
-        self.state = LayerState(plan, self.device)
+        self.state = LayerState(plan, self.device, self.clocks)
         self.policies = {pool.name: PoolPolicy(pool) for pool in plan.pools}
         self.ordered = [plan.pools[index] for index in plan.order]
         fed = {pool.to for pool in plan.pools}

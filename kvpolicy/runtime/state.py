@@ -12,14 +12,14 @@ from torch import Tensor
 
 from kvpolicy.attention import mix_shared
 from kvpolicy.plan import LayerPlan, PoolPlan
-from kvpolicy.runtime.clocks import TORCH_DTYPES
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 
 
 class LayerState:
     """Tensors of one layer by buffer name, and views of them by pool. Shapes: see ``plan.structure``."""
 
-    def __init__(self, plan: LayerPlan, device: torch.device) -> None:
-        self.plan = plan
+    def __init__(self, plan: LayerPlan, device: torch.device, clocks: Clocks) -> None:
+        self.plan, self.clocks = plan, clocks
         self.pools = {pool.name: pool for pool in plan.pools}
         self.names_read = {name for pool in plan.pools for _, quantity in pool.quantities() for name in quantity.names}
         self.tensors: dict[str, Tensor] = {

@@ -53,7 +53,7 @@ class Turn:
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
         plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))
-        wide = LayerState(plan, old.position.device)
+        wide = LayerState(plan, old.position.device, clocks)
         for policy in policies.values():
             for leaf in policy.leaves:
                 if leaf.memory in CLOCKED:

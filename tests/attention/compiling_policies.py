@@ -32,7 +32,8 @@ def launches(name: str) -> Iterator[tuple[str, Launch]]:
     if isinstance(fusion, str):
         return
     meta = torch.device("meta")
-    step = fusion.bind(LayerState(plan.layers[0], meta), Clocks(plan, meta))
+    clocks = Clocks(plan, meta)
+    step = fusion.bind(LayerState(plan.layers[0], meta, clocks), clocks)
     query, key = (torch.empty(BATCH, n, 1, 128, dtype=torch.bfloat16, device=meta) for n in (32, 8))
     for update in (False, True):
         form = step.forms[update]

@@ -67,7 +67,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], *([verb, "--help"] for verb in VERBS), ["validate", "raas"], ["list", "-v"], ["schema"], ["env"]],
+    [["--help"], *([verb, "--help"] for verb in VERBS), ["validate", "raas"], ["list"], ["schema"], ["env"]],
     ids=" ".join,
 )
 def test_no_torch_without_a_model(words: list[str]) -> None:

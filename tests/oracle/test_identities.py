@@ -1,4 +1,4 @@
-"""Policies that must be one and the same (methods.md section 8), on random text."""
+"""Policies that must be one and the same, on random text."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_raas_that_touches_everything_is_first_in_first_out() -> None:
 
 
 def pyramid(beta: int) -> str:
-    """SnapKV's prompt pool with methods.md 4.5's budget: c = 18 history tokens, beta, window 6."""
+    """SnapKV's prompt pool with PyramidKV's budget: c = 18 history tokens, beta, window 6."""
     least = f"18 / {beta}"
     return f"""
         prompt:

@@ -48,24 +48,25 @@ class Draw:
             return f"{{{self.one('sum', 'product')}: [{', '.join(parts)}]}}"
         return f"{{{self.leaf()}}}"
 
-    def pool(self, admit: str, to: str = "") -> str:
+    def pool(self, admit: str, to: str = "", page: int | None = None) -> str:
         budget = self.one(24, 32, "8 + t // 4", "20% * context + 10", '"if(t < 9, 40, 18)"', '"max(9, 40 - t)"')
         scope = self.one("kv-head", "layer", "across-heads, floor: 30%") + (f", to: {to}" if to else "")
         parts = [f"budget: {budget}"] + ([f"admit: {admit}"] if admit else [])
-        parts += self.maybe("page", 2, 4, 5, odds=0.4)
+        parts += self.maybe("page", 2, 4, 5, odds=0.4) if page is None else [f"page: {page}"]
         parts += [*self.maybe("window", 3, 5, "2 + t // 9", odds=0.6), f"scorer: {self.scorer()}"]
         parts += self.maybe("pinned", "{first: 2}", "{tokens: special}", "survivors", "[{first: 1}, {tokens: special}]")
         parts += self.maybe("update", "{every: 3}", "{every: 7}", "prompt-end")
         if self.random.random() < 0.2:
             parts.append(f"read: {{top: 12, scorer: {{{self.leaf(reading=True)}}}}}")
-        parts += self.maybe("store", "{bits: 8, group: 4}", "{bits: 4, group: 3, keys: token}", odds=0.15)
+        parts += self.maybe("store", "{bits: 8, group: 2}", "{bits: 4, group: 3, keys: token}", odds=0.15)
         return "{" + ", ".join([*parts, f"evict: {{scope: {scope}}}"]) + "}"
 
     def pools(self) -> str:
         if self.random.random() < 0.4:
             return f"all: {self.pool('all')}"
         if self.random.random() < 0.3:
-            return f"hot: {self.pool('all', to='cold')}\ncold: {self.pool('')}"
+            page = self.one(1, 2, 4)
+            return f"hot: {self.pool('all', to='cold', page=page)}\ncold: {self.pool('', page=page)}"
         special = self.maybe("marked", "{admit: {tokens: special}}", odds=0.2)
         return "\n".join([*special, f"prompt: {self.pool('prompt')}", f"rest: {self.pool('generated')}"])
 

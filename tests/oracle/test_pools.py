@@ -344,8 +344,8 @@ def test_stored_tokens_are_rounded_in_groups_of_channels() -> None:
     np.testing.assert_allclose(step.output[0, 0], [(0 + 3) / 3, (9 + 1.4) / 3, 4 / 3, 1 / 3])
 
 
-def test_stored_tokens_are_rounded_in_groups_of_tokens_once_these_are_full() -> None:
-    plan = plan_of("all: {admit: all, store: {bits: 2, group: 3, keys: channel, values: channel}}", head_dim=1)
+def test_a_stored_page_is_rounded_once_it_is_full_or_closed() -> None:
+    plan = plan_of("all: {admit: all, page: 3, store: {bits: 2, group: 3, keys: channel, values: channel}}", head_dim=1)
     oracle = Oracle(plan)
 
     def say(*values: float) -> np.ndarray:
@@ -354,5 +354,26 @@ def test_stored_tokens_are_rounded_in_groups_of_tokens_once_these_are_full() -> 
         return oracle.layers[0][0].text.values[0, :, 0]
 
     say(0.0, 1.4)
-    np.testing.assert_allclose(say(3.0), [0, 1.4, 3])  # the pass that fills the group sees it unrounded
+    np.testing.assert_allclose(say(3.0), [0, 1.4, 3])  # the pass that fills the page sees it unrounded
     np.testing.assert_allclose(say(5.0), [0, 1, 3, 5])
+    say(6.2)
+    np.testing.assert_allclose(say(8.0, 9.0), [0, 1, 3, 5, 6.2, 8, 9])  # a turn closes the page before it
+    np.testing.assert_allclose(say(7.0), [0, 1, 3, 5, 6.2, 8, 9, 7])  # of two numbers both are ends
+    np.testing.assert_allclose(say(0.0), [0, 1, 3, 5, 6.2, 7 + 4 / 3, 9, 7, 0])
+
+
+def test_a_page_that_moves_is_rounded_although_it_is_not_full() -> None:
+    run = plan_of("""
+        recent: {admit: all, page: 3, budget: 3, evict: {to: old}}
+        old: {page: 3, store: {bits: 2, group: 3, keys: channel, values: channel}}
+    """, head_dim=1)  # fmt: skip
+    oracle = Oracle(run)
+
+    def say(*values: float) -> np.ndarray:
+        column = np.array([[[value] for value in values]])
+        oracle.step(0, [0 * column], [0 * column], [column])
+        return oracle.layers[0][0].text.values[0, :, 0]
+
+    say(0.0, 1.4, 3.0)
+    np.testing.assert_allclose(say(5.0), [0, 1.4, 3, 5])  # moves now
+    np.testing.assert_allclose(say(5.0), [0, 1, 3, 5, 5])

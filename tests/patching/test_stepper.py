@@ -30,10 +30,11 @@ from kvpolicy.runtime.decode import DecodeLoop, decode_loop
 from kvpolicy.runtime.layer import PLAIN, UPDATE, PolicyLayer
 from kvpolicy.runtime.stepping import Stepper
 from kvpolicy.runtime.waiting import HostWaited, no_waiting
-from tests.invariants.policies import NAMES, UPDATING, evicts, thorough, tight
+from tests.invariants.policies import COVER, NAMES, UPDATING, evicts, spread, thorough, tight
 from tests.patching.tape import TapeRecorder
 
-STEPS = 220
+STEPS = 100
+CHOICES = [{}, {"do_sample": True, "top_k": 9, "top_p": 0.9, "temperature": 1.7}]
 
 
 def host_clocks(cache):
@@ -64,7 +65,7 @@ def prompted(model, padded):
     return cache, positions[:, -1:] + 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough())
 def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
     """Tokens in, logits out, both halves of every clock, the kind of every step and all that a cache holds."""
     model = apply(build(), tight(name))
@@ -103,8 +104,7 @@ def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
     assert taped.stats()["evicted"] > 0 or not evicts(taped.plan)
 
 
-@pytest.mark.parametrize("name", thorough())
-@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 9, "top_p": 0.9, "temperature": 1.7}])
+@pytest.mark.parametrize(("name", "settings"), spread(NAMES, CHOICES, COVER))
 def test_a_loop_over_recorded_steps_says_what_generate_says(build, padded, name, settings, monkeypatch):
     """Chosen inside the recorded step: the same draws, rows that end on their own, and no question in between."""
     model = apply(build(), tight(name))
@@ -196,8 +196,9 @@ def test_a_planted_question_is_caught(name):
         assert tensor.to(torch.float32).shape == (3,)
 
 
-@pytest.mark.parametrize("name", thorough())
-@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"), spread(NAMES, [{}, {"do_sample": True}, {"repetition_penalty": 1.3}], COVER)
+)
 def test_no_step_asks_the_device_anything(build, padded, name, settings, monkeypatch):
     """Opening the pass, the model, both kinds of update, choosing inside or after the step: no look at a tensor."""
     model = apply(build(), tight(name))

@@ -33,6 +33,8 @@ def mutants(policy: Policy) -> dict[str, Policy]:
     for name, answers in document["pools"].items():
         for what, changed in changes(answers):
             others[f"{name}: {what}"] = {**document, "pools": {**document["pools"], name: changed}}
+    if any("heads" in override for override in document.get("overrides", ())):  # heads that differ share no set
+        others = {what: other for what, other in others.items() if not what.endswith("one set per layer")}
     found = {}
     for what, other in others.items():
         with contextlib.suppress(PolicyError):
@@ -57,6 +59,8 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
             yield f"window {what}", {**answers, "window": f"({answers['window']}) {change}"}
         if "first" in answers.get("pinned", ()):
             yield f"first {what}", {**answers, "pinned": {"first": f"({answers['pinned']['first']}) {change}"}}
+    if answers.get("pinned") == "survivors":
+        yield "nobody pinned", without(answers, "pinned")
     update = answers.get("update", {"every": 1})
     if isinstance(update, dict):
         yield "updates one step apart", {**answers, "update": {"every": f"({update['every']}) + 1"}}
@@ -80,7 +84,7 @@ def readings(read: Answers, page: int | str) -> Iterator[tuple[str, Answers | st
 
 def scorers(scorer: Answers) -> Iterator[tuple[str, Answers]]:
     """A scorer, turned around, deaf, or with a stage left out."""
-    yield "lowest for highest", {**scorer, "weight": -1}
+    yield "lowest for highest", {**scorer, "weight": f"-({scorer.get('weight', 1)})"}
     yield "recency for the signal", {**scorer, "signal": "recency"}
     for key in sorted(scorer.keys() - {"signal", "hit"}):
         yield f"scorer without {key}", without(scorer, key)

@@ -1,13 +1,22 @@
-"""Policies that must come to the same (methods.md section 8), on the runtime, with the oracle beside it."""
+"""Policies that must come to the same, on the runtime, with the oracle beside it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from kvpolicy.language import Policy, Quantity, load_policy, loads_policy
-from tests.policies.kit import FILES, kept, run
+from kvpolicy.oracle import Oracle
+from kvpolicy.plan import ModelGeometry, make_plan, unsupported
+from kvpolicy.runtime import PolicyCache
+from kvpolicy.testing.attention import Attention
+from kvpolicy.testing.feeding import OracleAlone, RuntimeBeside, plan_for, watch
+from kvpolicy.testing.patterns import synthesize
+from tests.invariants.policies import NAMES, roomy
+from tests.policies.kit import kept, run
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "drift": {"pattern": "drift", "every": 16, "rows": 2},
@@ -86,15 +95,98 @@ def test_random_without_a_prompt_is_random_unpinned() -> None:
     assert kept(pinned, **said) == kept(unpinned, **said)
 
 
-ROOMY = {"h2o": {"heavy": 100, "recent": 100}}
-"""Params with which nothing need leave; for the others, their defaults."""
+def kept_by(policy: Policy, said: Attention) -> dict[tuple[int, ...], tuple[frozenset[int], frozenset[int]]]:
+    """What is kept and attended to after every pass, of the runtime where it runs the policy, else of the oracle."""
+    plan = plan_for(policy, said)
+    feed = OracleAlone(plan) if any(unsupported(plan)) else RuntimeBeside(plan)
+    return {(*seen.place, seen.newest): (seen.kept(), seen.attended()) for seen in watch(feed, said)}
 
 
-@pytest.mark.parametrize("name", FILES)
+SNAPKV = {"budget": 12, "window": 4, "kernel": 3}
+LONG_PROMPT = {"pattern": "uniform", "noise": 2, "prompt": [40, 26], "steps": 6, "layers": 3}
+
+
+def test_pyramidkv_with_beta_1_is_snapkv() -> None:
+    said = synthesize(LONG_PROMPT)
+    flat, steep = (load_policy("pyramidkv", set={**SNAPKV, "beta": beta}) for beta in (1, 4))
+    assert kept_by(flat, said) == kept_by(load_policy("snapkv", set=SNAPKV), said) != kept_by(steep, said)
+
+
+def test_ada_kv_that_gives_every_head_its_own_share_is_snapkv() -> None:
+    said = synthesize(LONG_PROMPT)
+    whole, some = (load_policy("ada-kv", set={**SNAPKV, "safeguard": share}) for share in ("100%", "20%"))
+    assert kept_by(whole, said) == kept_by(load_policy("snapkv", set=SNAPKV), said) != kept_by(some, said)
+
+
+def test_quest_that_may_read_everything_is_the_full_cache() -> None:
+    said = synthesize({**TEXT, **PATTERNS["drift"], "layers": 3})
+    dense = kept_by(load_policy("dense"), said)
+    enough, few = (load_policy("quest", set={"page_size": 4, "budget": budget}) for budget in (16 + 40, 16))
+    assert kept_by(enough, said) == dense != kept_by(few, said)
+
+
+def test_raas_with_room_for_all_is_the_full_cache(said: dict[str, Any]) -> None:
+    roomy = load_policy("raas", set={"budget": 16 + 40 + 4, "page_size": 4})
+    assert kept(roomy, **said) == kept(load_policy("dense"), **said)
+
+
+def rope(vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rotary embedding over D / 2 pairs of channels."""
+    half = vectors.shape[-1] // 2
+    angles = np.asarray(positions)[:, None] / 100.0 ** (np.arange(half) / half)
+    a, b = vectors[..., :half], vectors[..., half:]
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)
+
+
+def test_streaming_llm_is_one_thing_compact_or_absolute_until_it_evicts() -> None:
+    """The compact one gets keys as they were before rotation, as the original stores them."""
+    sizes, geometry = {"sinks": 2, "window": 10}, ModelGeometry("random", 1, 2, 1, 8)
+    plans = [
+        make_plan(load_policy(name, set=sizes), geometry, prompt=6, max_new_tokens=20)
+        for name in ("streaming-llm", "streaming-llm-compact")
+    ]
+    absolute, compact = Oracle(plans[0]), Oracle(plans[1], rotate=rope)
+    random = np.random.default_rng(0)
+    queries, keys, values = (random.normal(size=(heads, 26, 8)) for heads in (2, 1, 1))
+    outputs_are_the_same = []
+    for span in (slice(0, 6), *(slice(at, at + 1) for at in range(6, 26))):
+        places = np.arange(span.start, span.stop)
+        query, key, value = queries[:, span], keys[:, span], [values[:, span]]
+        one = absolute.step(0, [rope(query, places)], [rope(key, places)], value)[0]
+        other = compact.step(0, [query], [key], value)[0]
+        assert one.heads[0]["all"].kept == other.heads[0]["all"].kept
+        outputs_are_the_same.append(np.allclose(one.output, other.output))
+    # 12 tokens fit; the thirteenth, which sends the first away, still sees it where it was.
+    assert outputs_are_the_same == [True] * 8 + [False] * 13
+
+
+def test_slide_is_the_top_of_every_step_over_two_thousand_steps() -> None:
+    """Dropping one token a step comes to the same as choosing the best beta1 of what is there anew, without slots."""
+    steps, beta1, beta2 = 2000, 12, 6
+    policy = load_policy("scope-slide", set={"alpha": 8, "alpha2": 2, "beta1": beta1, "beta2": beta2})
+    plan = make_plan(policy, ModelGeometry("random", 1, 1, 1, 4), prompt=8, max_new_tokens=steps)
+    cache, generator = PolicyCache(plan), torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(1, 1, 8 + steps, 4, generator=generator) for _ in range(3))
+    held: list[int] = []
+    for span in (slice(0, 8), *(slice(at, at + 1) for at in range(8, 8 + steps))):
+        cache.begin(span.stop - span.start, kind="prompt" if span.start == 0 else "generated")
+        cache.layers[0].forward(queries[:, :, span], keys[:, :, span], values[:, :, span], 0.5)
+        cache.finish()
+        held += [at for at in range(span.start, span.stop) if at >= 8]
+        if len(held) > beta1 + beta2:
+            logits = (keys[0, 0, held[:-beta2]] @ queries[0, 0, span.start]).tolist()
+            ranked = sorted(zip(logits, held[:-beta2], strict=True))
+            held = sorted(place for _, place in ranked[-beta1:]) + held[-beta2:]
+        now = cache.positions(0).flatten()
+        assert sorted(now[now >= 0].tolist()) == [*range(8), *held]
+    assert cache.stats()["evicted"] == steps - beta1 - beta2
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_budget_of_at_least_the_length_is_the_full_cache(name: str) -> None:
     said = {**TEXT, **PATTERNS["drift"]}
-    roomy = load_policy(name, set=ROOMY.get(name, {}))
-    assert all(seen.kept() == frozenset(range(seen.newest + 1)) for seen in run(roomy, runtime=True, **said))
+    for seen in run(roomy(name), runtime=True, **said):
+        assert seen.kept() == seen.attended() == frozenset(range(seen.newest + 1))
 
 
 @pytest.mark.parametrize(("beta1", "beta2", "horizon"), [(256, 256, 4096), (768, 256, 4096), (7, 5, 100), (0, 3, 9)])

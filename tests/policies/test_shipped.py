@@ -13,7 +13,7 @@ from kvpolicy.plan import ModelGeometry, make_plan, unsupported
 from tests.policies.kit import FILES
 
 POLICIES = {name: load_policy(path) for name, path in FILES.items()}
-OTHER = {"touch": "25%", "safeguard": "25%", "share": "25%", "kernel": 9}
+OTHER = {"touch": "25%", "safeguard": "25%", "share": "25%", "kernel": 9, "fade": "25%", "bits": 4}
 """Values to set params to, where 300 makes no sense."""
 
 LLAMA = ModelGeometry("llama", layers=32, query_heads=32, kv_heads=8, head_dim=128)
@@ -51,7 +51,7 @@ def test_each_param_is_explained_and_can_be_set(name: str) -> None:
     for param, meaning in policy.params.items():
         assert len(meaning.help.split()) >= 2
         other = policy.bind(**{param: OTHER.get(param, 300)})
-        assert other.params[param].value.constant in (300, 0.25, 9)
+        assert other.params[param].value.constant in (300, 0.25, 9, 4)
         assert other.digest != policy.digest, f"{param} changes nothing"
 
 

@@ -23,6 +23,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "phoenix": {"at": 5, "from": 40},
     "needle": {"at": "4..6"},
     "burst": {"at": 5, "times": [24, 40], "width": 3},
+    "short-keys": {"at": [3, 30]},
     "mixture": {"parts": [{"pattern": "sink", "sinks": 2}, {"pattern": "burst", "at": 20, "where": {"from": 30}}]},
 }
 """Arguments without which a pattern cannot be drawn."""
@@ -72,10 +73,22 @@ def test_keys_have_length_1_and_meet_queries_as_wanted(name: str) -> None:
     arguments = {"at": 20, "until": 40, "from": 60} if name in NEEDED else {}
     arguments = {key: value for key, value in arguments.items() if key in NEEDED.get(name, {})}
     said = synthesize({"pattern": name, **TEXT, **arguments, "noise": 0})
-    assert np.allclose(np.linalg.norm(said.keys[0], axis=-1), 1, atol=1e-6)
+    assert name == "short-keys" or np.allclose(np.linalg.norm(said.keys[0], axis=-1), 1, atol=1e-6)
     assert all(array.dtype == np.float32 for array in (*said.queries, *said.keys, *said.values))
     for head in logits(said):
         assert np.abs(head - wanted(name)).max() < 2e-5
+
+
+def test_short_keys_are_short_in_the_heads_that_are_meant_and_no_query_notices() -> None:
+    part = {"pattern": "short-keys", "at": [3, 30], "longest": 6, "where": {"kv_heads": 1}}
+    said = synthesize({"pattern": "mixture", **TEXT, "parts": [part], "noise": 0})
+    lengths = np.linalg.norm(said.keys[0][0], axis=-1)
+    short = np.zeros_like(lengths, dtype=bool)
+    short[1, [3, 30]] = True
+    assert ((lengths >= 1) & (lengths <= 2))[short].all() and ((lengths >= 3) & (lengths <= 6))[~short].all()
+    assert np.unique(lengths.round(4)).size == lengths.size and np.abs(logits(said)).max() < 1e-5
+    with pytest.raises(Complaint, match="longer than 3"):
+        synthesize({"pattern": "short-keys", **TEXT, "at": 3, "longest": 2})
 
 
 @pytest.mark.parametrize("name", PATTERNS)

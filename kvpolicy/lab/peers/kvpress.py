@@ -107,6 +107,11 @@ class Ours(Arm):
         return time.perf_counter() - start
 
 
+def default_environment() -> Path:
+    """Where kvpress's environment is made unless another folder is given."""
+    return Path(platformdirs.user_cache_dir("kvpolicy")) / "peers" / f"kvpress-{KVPRESS}"
+
+
 def environment_of_kvpress(folder: Path) -> Path:
     """The python of kvpress's environment, made if it is not there.
 
@@ -174,8 +179,9 @@ def _row(arm: Arm, arms: list[Arm]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and keep the numbers with ``--json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cache = Path(platformdirs.user_cache_dir("kvpolicy")) / "peers" / f"kvpress-{KVPRESS}"
-    parser.add_argument("--env", type=Path, default=cache, help="a virtual environment with kvpress, made if missing")
+    parser.add_argument(
+        "--env", type=Path, default=default_environment(), help="a virtual environment with kvpress, made if missing"
+    )
     parser.add_argument("--budget", type=int, default=1024, help="tokens kept, and tokens of the prompt")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=12, help="blocks of 16 steps of each arm")

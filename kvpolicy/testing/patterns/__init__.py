@@ -1,7 +1,8 @@
 """Synthetic attention: seeded queries, keys and values that attend as a named pattern says.
 
-``synthesize({"pattern": "milestone", "prompt": 16, "steps": 160, "at": 40, "until": 90})``. The keys have length 1, and
-their products with the queries are the wanted attention, so that page bounds, norms and softmaxes all mean something.
+``synthesize({"pattern": "milestone", "prompt": 16, "steps": 160, "at": 40, "until": 90})``. The keys have length 1
+(but for ``short-keys``), and their products with the queries are the wanted attention, so that page bounds, norms and
+softmaxes all mean something.
 ``generators.py`` holds one function per pattern, ``scene.py`` what they are made of; ``mixture.py`` puts patterns
 together, ``adversary.py`` makes them up as a policy goes.
 """

@@ -131,6 +131,15 @@ def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fad
     scene.fade(fade)
 
 
+@pattern("at: [3, 11]")
+def short_keys(scene: Scene, at: Tokens, longest: float = 8.0, fade: float = 0.0) -> None:
+    """Keys of many lengths, which no query notices: some tokens' are 1 to 2 long, all others' 3 to ``longest``."""
+    if longest <= 3:
+        raise Complaint("the longest key is longer than 3", "as in `longest: 8`", ("longest",))
+    scene.shorten(at, longest)
+    scene.fade(fade)
+
+
 @pattern()
 def ties(scene: Scene, kinds: int = 3) -> None:
     """Tokens of a few kinds that queries want by whole numbers: scores tie all the time, in float32 as in float64."""

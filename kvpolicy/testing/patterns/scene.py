@@ -2,8 +2,9 @@
 
 A pattern says, for each query, how strongly it wants each token: scaled logits above those of ordinary text. Tokens
 that are always wanted alike share one direction of key space, so any such picture is realised exactly, up to rounding
-to float32, with keys of length 1. Two more pairs of directions make text life-like: a fading interest in what lies far
-back (keys and queries on a half circle, as rotary embeddings would have it), and noise that differs by head.
+to float32, with keys of length 1 (unless the pattern is about lengths). Two more pairs of directions make text
+life-like: a fading interest in what lies far back (keys and queries on a half circle, as rotary embeddings would have
+it), and noise that differs by head.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ class Scene:
     ``looks`` are (which tokens [T] bool, their logits by query [T], whose they are [Q, T] bool); a token's logit is the
     sum of all that name it. ``depth`` [Q, T] is how far the logit falls from the query's own token to one a whole text
     away, ``loudness`` [Q, T] the standard deviation of what each query adds of its own (``noise``, unless hushed).
-    ``asked`` [Q, T] are the queries that what is being drawn is about, ``singled`` says that every token has a
-    direction to itself, ``late`` holds what can only be drawn while the text is said.
+    ``short`` [Q, T] are the tokens whose keys are short where others are up to ``longest`` long, as the query heads of
+    a KV head say; None where all have length 1. ``asked`` [Q, T] are the queries that what is being drawn is about,
+    ``singled`` says that every token has a direction to itself, ``late`` holds what can only be drawn while the text is
+    said.
     """
 
     prompt: int
@@ -49,6 +52,8 @@ class Scene:
     row: int = 0
     layer: int = 0
     looks: list[tuple[Array, Array, Array]] = field(default_factory=list)
+    short: Array | None = None
+    longest: float = 1.0
     singled: bool = False
     late: list[Any] = field(default_factory=list)
 
@@ -92,6 +97,13 @@ class Scene:
         """No noise."""
         self.loudness = np.where(self.asked, 0.0, self.loudness)
 
+    def shorten(self, tokens: Sequence[int], longest: float) -> None:
+        """Keys of many lengths, up to ``longest``: these tokens have the shortest ones."""
+        member = np.zeros((self.heads, self.length), dtype=bool)
+        member[np.ix_(self.asked.any(axis=1), list(tokens))] = True
+        self.short = member if self.short is None else self.short | member
+        self.longest = max(self.longest, longest)
+
     def wanted(self, head: int = 0) -> Array:
         """Scaled logits [query, token] in a query head that sees the pattern, but for the noise."""
         kinds, kind = self.kinds()
@@ -102,7 +114,8 @@ class Scene:
     @property
     def dims(self) -> int:
         """Directions of key space that the scene takes."""
-        return self.kinds()[0].shape[1] + 2 * bool(self.depth.any()) + NOISE_DIMS * bool(self.loudness.any())
+        parts = 2 * bool(self.depth.any()) + NOISE_DIMS * bool(self.loudness.any()) + (self.short is not None)
+        return int(self.kinds()[0].shape[1] + parts)
 
     @property
     def part(self) -> float:
@@ -113,7 +126,7 @@ class Scene:
         """Vectors of D = ``head_dim`` for K KV heads; ``sees`` [Q] says which query heads see the looks.
 
         A key is a sum of up to three perpendicular parts of equal length. What that takes from a logit, and the
-        attention's own scaling, the queries make up for.
+        attention's own scaling, the queries make up for. What makes it longer than 1 is perpendicular to all queries.
         """
         kinds, kind = self.kinds()
         end, angle = kinds.shape[1], np.pi * self.now / self.length
@@ -132,6 +145,12 @@ class Scene:
             interests = self.random.normal(size=(self.heads, self.length, NOISE_DIMS))
             keys[..., end : end + NOISE_DIMS] = directions * part / np.linalg.norm(directions, axis=-1, keepdims=True)
             queries[..., end : end + NOISE_DIMS] = interests * self.loudness[..., None] / part
+            end += NOISE_DIMS
+        if self.short is not None:
+            short = self.short.reshape(kv_heads, -1, self.length).any(axis=1)
+            drawn = self.random.random((kv_heads, self.length))
+            lengths = np.where(short, 1 + drawn, 3 + (self.longest - 3) * drawn)
+            keys[..., end] = np.sqrt(lengths**2 - 1)
         values = self.random.normal(size=keys.shape)
         return Realised(*(array.astype(np.float32) for array in (queries * head_dim**0.5, keys, values)))
 

@@ -78,6 +78,17 @@ def feeds(layout: dict[str, Any], pools: dict[str, Answers]) -> None:
             source = next(other for other in layout if layout[other] is not None)
             pools[source] |= {"evict": {**pools[source].get("evict", {}), "to": name}}
             pools[source].setdefault("budget", 4)
+            move_whole(pools[source], pools[name])
+
+
+def move_whole(source: Answers, fed: Answers) -> None:
+    """Units keep their size when they move, and each head moves its own, unless all move the same."""
+    if source.get("evict", {}).get("scope") != "layer" and fed.get("evict", {}).get("scope") == "layer":
+        del fed["evict"]
+    if source.get("page") != fed.get("page"):
+        fed.pop("page", None)
+        fed.pop("store", None)
+        fed |= {"page": source["page"]} if "page" in source else {}
 
 
 def drawn_pools(pen: Pen, layout: dict[str, Any]) -> dict[str, Answers]:
@@ -134,4 +145,6 @@ def answered_anew(pen: Pen, name: str, names: Sequence[str], pools: dict[str, An
     fresh = pool(pen, name, (), [other for other in names if pools[other] is not None], limited=True)
     if "to" in pools[name].get("evict", {}):
         fresh["evict"] = {**fresh.get("evict", {}), "to": pools[name]["evict"]["to"]}
+    if any("to" in (answers or {}).get("evict", {}) for answers in pools.values()):
+        move_whole(pools[name], fresh)
     return {**{key: None for key in pools[name] if key not in ("admit", *fresh)}, **fresh}

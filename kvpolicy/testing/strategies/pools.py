@@ -99,10 +99,11 @@ def weight(pen: Pen) -> str:
 def pool(pen: Pen, name: str, others: Sequence[str], pools: Sequence[str], *, limited: bool = False) -> Answers:
     """A pool's answers but for who enters; ``others`` are pools whose sizes it may read, ``limited``: with a budget."""
     answers: Answers = {}
-    page = 1
+    page, fits = 1, 1  # ``fits``: tokens that go into a page for certain, however its size is written
     if pen.chance(3):
         page = pen.number(1, 4)
-        answers["page"] = pen.known(page) if pen.number(0, 5) < 5 else pen.planned(1, page)
+        fits = page if pen.number(0, 5) < 5 else 1
+        answers["page"] = pen.known(page) if fits == page else pen.planned(1, page)
     protected = 0
     if pen.chance(2):
         answers["window"], count = pen.reach(others, pools)
@@ -121,7 +122,7 @@ def pool(pen: Pen, name: str, others: Sequence[str], pools: Sequence[str], *, li
         answers["evict"] = evict
     if evict.get("scope") == "across-heads" and not pen.runs(probe({"evict": {"scope": "across-heads"}})):
         answers["update"] = "prompt-end"
-    stored(pen, answers, others, pools)
+    stored(pen, answers, others, pools, fits)
     return answers
 
 
@@ -158,17 +159,18 @@ def decides(pen: Pen, name: str, scope: str) -> bool:
     return pen.runs(probe({"evict": {"scope": scope}}))
 
 
-def stored(pen: Pen, answers: Answers, others: Sequence[str], pools: Sequence[str]) -> None:
-    """What is read and how it is stored."""
+def stored(pen: Pen, answers: Answers, others: Sequence[str], pools: Sequence[str], page: int) -> None:
+    """What is read and how it is stored; groups by channel must fit a page of so many tokens."""
     if pen.runs(probe({"read": {"top": 4, "scorer": {"signal": "attention"}}})) and pen.chance(6):
         top = pen.pick((str(pen.number(5, 12)), f"max(8, {pen.expression(others, pools, 1)})", "50% * context + 8"))
         answers["read"] = {"top": top, "scorer": scorer(pen, others, pools, reading=True)}
     elif pen.chance(16):
         answers["read"] = "all"
-    if pen.runs(probe({"store": {"bits": 8}})) and pen.chance(6):
-        answers["store"] = {"bits": pen.pick((8, 4, 2)), "group": pen.known(pen.number(1, 4))}
-        for what in ("keys", "values"):
-            if pen.chance(2):
-                answers["store"][what] = pen.pick(("channel", "token"))
+    if pen.runs(probe({"store": {"bits": 8, "keys": "token"}})) and pen.chance(6):
+        group = pen.number(1, 4)
+        ways = ("channel", "token") if page % group == 0 else ("token",)
+        answers["store"] = {"bits": pen.pick((8, 4, 2)), "group": pen.known(group), "keys": pen.pick(ways)}
+        if pen.chance(2) or ways == ("token",):
+            answers["store"]["values"] = pen.pick(ways)
     elif pen.chance(16):
         answers["store"] = "model"

@@ -57,6 +57,8 @@ def check(policy: Policy, recipe: Recipe, said: Attention | None = None) -> None
     )
     busy = False
     for seen in watched(policy, said):
+        if seen.step.prompt_len < prompt:
+            continue  # more of the prompt is to come
         layer, _, head = seen.place
         wanted = passes[layer][seen.step.t][head]
         where = f"layer {layer}, head {head}, t {seen.step.t}"
