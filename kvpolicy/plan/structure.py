@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -83,6 +83,11 @@ class Buffer:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether keys or values lie here, of all pools or of a shared one."""
+        return self.name.rpartition(".")[2] in ("keys", "values")
 
 
 @dataclass(frozen=True)
@@ -229,9 +234,15 @@ class Plan:
         wide = (layer.slots + sum(pool.bound for pool in layer.shared) for layer in self.layers)
         return max(wide) + self.prompt[1]
 
-    def slots_per_head(self, layer: LayerPlan) -> int:
-        """Token slots of a layer per row and KV head, where heads share them on average, rounded up."""
-        return layer.slots + -(-sum(pool.capacity for pool in layer.shared) // self.geometry.kv_heads)
+    def even(self, layer: LayerPlan) -> LayerPlan:
+        """A layer as if heads that share slots had even parts of them, whole pages: what it comes to by head, told or
+        counted; the runtime allocates something else."""
+        pools = []
+        for pool in layer.pools:
+            part = -(-pool.units // self.geometry.kv_heads) * pool.page
+            even = replace(pool, shared=False, capacity=part, bound=min(pool.bound, part))
+            pools.append(even if pool.shared else pool)
+        return replace(layer, pools=tuple(pools))
 
     @property
     def reads_lengths(self) -> bool:

@@ -13,7 +13,7 @@ from kvpolicy.plan import DTYPE_BYTES, ModelGeometry, Plan
 
 def slot_bytes(plan: Plan) -> int:
     """Keys and values of all slots: what attention over a policy's cache reads, empty slots included."""
-    return sum(buffer.bytes for layer in plan.layers for buffer in layer.buffers if buffer.name in ("keys", "values"))
+    return sum(buffer.bytes for layer in plan.layers for buffer in layer.buffers if buffer.holds_tokens)
 
 
 def token_bytes(shape: ModelGeometry) -> int:
