@@ -37,18 +37,22 @@ class Architecture:
 
     model_types: transformers' names for it, as in `config.model_type`.
     covers: published models that are of it, for the reader.
-    layers: where the base model keeps its list of decoder layers.
+    decoder: where the base model keeps its text decoder; "" where it is one itself.
+    layers: where that decoder keeps its list of layers.
     attention: where a decoder layer keeps its attention module.
-    governs: config -> the decoder layers whose cache a policy may own; the policy numbers its layers over these.
+    governs: config of the decoder -> the layers whose cache a policy may own; the policy numbers its layers over these.
     way_out: what to do about a config some of whose layers are not among them.
+    image_token: what the base model's config calls the id that stands for an image's token; "" where it sees no images.
     """
 
     model_types: tuple[str, ...]
     covers: str
+    decoder: str = ""
     layers: str = "layers"
     attention: str = "self_attn"
     governs: Callable[[Any], tuple[int, ...]] = full_attention
     way_out: str = ""
+    image_token: str = ""
 
 
 @cache

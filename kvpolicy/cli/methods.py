@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from kvpolicy.language import Policy, load_policy, shipped_policies
+from kvpolicy.language import Policy, load_policy
 from kvpolicy.language.library import fetch
 from kvpolicy.plan import Plan, layer_needs, make_plan, needs, scoring_leaves, unsupported
-from kvpolicy.plan.laws import TYPICAL, Law, Part, laws, least_shape
+from kvpolicy.plan.laws import LONG, TYPICAL, Law, Part, laws, least_shape
 from kvpolicy.plan.structure import PoolPlan
 
 NOTATION = "P prompt tokens, N generated tokens, B what the params bound"
+FEW = 3
+"""Laws of layers that are told one by one."""
+
 PROMPT, NEW = (100, 900), 4096
 """Lengths at which plans are asked about signals and backends: those do not depend on lengths but for refusals."""
 
@@ -82,10 +86,14 @@ def _budget(policy: Policy, pool: PoolPlan) -> str | None:
 
 
 def law_words(name: str, what: str) -> str:
-    """`O(B)`, or with its layers apart: `O(P + N); layers 0..1: O(B)`."""
-    said = [(part.where, str(part) if what == "memory" else str(part.time)) for part in parts_of(name)]
+    """`O(B)`, or with its layers apart: `O(P + N); layers 0..1: O(B)`; of many, the most and the least."""
+    parts = parts_of(name)
+    said = [(part.where, str(part) if what == "memory" else str(part.time)) for part in parts]
     if len({law for _, law in said}) == 1:
         return said[0][1]
+    if len(said) > FEW:
+        by_size = sorted(parts, key=lambda part: getattr(part, what).at(LONG, LONG))
+        return f"{getattr(by_size[-1], what)}, by layer down to {getattr(by_size[0], what)}"
     first, *others = said
     return "; ".join([first[1], *(f"{where}: {law}" for where, law in others)])
 
@@ -127,7 +135,8 @@ def backends(name: str) -> dict[str, Any]:
 
 # Headers -------------------------------------------------------------------------------------------------------------
 
-DEPARTS = re.compile(r"(?im)^.*\b(departs?|departures?)\b.*$")
+DEPARTS = re.compile(r"(?i)\b(?:departs|departures?|deviates)\b.*?:\s+")
+SENTENCE = re.compile(r"(?<=[.:;)])\s+(?=[A-Z])")
 
 
 def header(name: str) -> Header:
@@ -138,30 +147,21 @@ def header(name: str) -> Header:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))
-    comment = "\n".join(lines)
-    said = DEPARTS.search(comment)
-    before = comment[: said.start()] if said else comment
-    idea = " ".join(before.partition("\n\n")[0].split()) or " ".join(comment.split())
-    return Header(idea, tuple(_departures(comment[said.start() :])) if said else ())
+    first = " ".join("\n".join(lines).partition("\n\n")[0].partition("\n  - ")[0].split())
+    idea = itertools.takewhile(lambda sentence: not DEPARTS.search(f"{sentence} "), SENTENCE.split(first))
+    return Header(" ".join(idea), tuple(_departures(lines)))
 
 
-def _departures(text: str) -> list[str]:
-    """The items of a list of departures, each as one line; without a list, what follows the word in its sentence."""
+def _departures(lines: list[str]) -> list[str]:
+    """The items of the list of departures, each as one line; without a list, what follows the word."""
     items: list[str] = []
-    for line in text.splitlines()[1:]:
-        if line.lstrip().startswith("- "):
+    for line in lines:
+        if line.startswith("  - "):
             items.append(line.strip().removeprefix("- "))
         elif items and line.startswith("   "):
             items[-1] += f" {line.strip()}"
-        elif items:
-            break
     if items:
         return items
-    joined = " ".join(text.split())
-    said = re.search(r"(?i)\b(?:departs?|departures?)\b[^:]*: *(.*)", joined)
-    return [said[1]] if said else []
-
-
-def methods() -> list[str]:
-    """Every shipped policy, in the order of their names."""
-    return list(shipped_policies())
+    joined = " ".join(" ".join(lines).split())
+    said = DEPARTS.search(joined)
+    return [joined[said.end() :]] if said else []

@@ -137,6 +137,9 @@ def _residents(lines: Sequence[PoolTimeline], plan: Plan) -> Iterator[str]:
     width = max(len(cell) for _, cells in rows for cell in cells)
     for title, cells in rows:
         yield f"  {escape(title):<{name}}  {'  '.join(f'{cell:>{width}}' for cell in cells)}"
+    if plan.traits:
+        kinds = " or ".join({"image": "an image's", "special": "special"}[trait] for trait in sorted(plan.traits))
+        yield f"  (counted as if no token of the prompt were {kinds})"
     for line in lines:
         if line.first_eviction is not None:
             when = "at the end of the prompt" if line.first_eviction == 0 else f"at t = {line.first_eviction:,}"

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from kvpolicy.architecture import architectures
+from kvpolicy.cli import methods
 from kvpolicy.cli.reference import render_commands, render_verbs
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.reference import render_reference
@@ -28,6 +29,42 @@ def policies() -> str:
         params = ", ".join(f"`{param}={value.default.text}`" for param, value in policy.params.items())
         rows.append(f"| [`{name}`](policies/{name}.yaml) | {policy.summary} | {params} | {', '.join(policy.cite)} |")
     return "\n".join(rows)
+
+
+def laws() -> str:
+    """Every shipped policy with its paper, its pools and its laws."""
+    rows = ["| method | paper | pools | memory | tokens read in a step |", "| --- | --- | --- | --- | --- |"]
+    for name in shipped_policies():
+        pools = ", ".join(f"{pool['name']} {pool['memory']}" for pool in methods.pools(name))
+        told = [methods.law_words(name, what) for what in ("memory", "time")]
+        rows.append(f"| [`{name}`](#{name}) | {_papers(name)} | {pools} | {told[0]} | {told[1]} |")
+    return "\n".join(rows)
+
+
+def method_texts() -> str:
+    """What each shipped policy is and where it departs from its paper, as the head of its file says."""
+    return "\n\n".join(map(_method_text, shipped_policies()))
+
+
+def _method_text(name: str) -> str:
+    header, policy = methods.header(name), load_policy(name)
+    reads = [f"`{signal['name']}`" for signal in methods.signals(methods.plan_of(name))]
+    lines = [f"### {name}", "", _plain(header.idea or policy.summary), ""]
+    lines.append(f"- Text: [policies/{name}.yaml](../policies/{name}.yaml); {_papers(name) or 'no paper'}")
+    lines.append(f"- Ranks by: {', '.join(reads) or 'nothing'}")
+    if header.departures:
+        lines.append(f"- Departs: {_plain(' '.join(header.departures))}")
+    return "\n".join(lines)
+
+
+def _papers(name: str) -> str:
+    return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper[6:]})" for paper in load_policy(name).cite)
+
+
+def _plain(text: str) -> str:
+    """A comment as Markdown: what it writes stays as written."""
+    parts = text.split("`")
+    return "`".join(re.sub(r"([*_<\[])", r"\\\1", part) if at % 2 == 0 else part for at, part in enumerate(parts))
 
 
 def families() -> str:
@@ -48,6 +85,8 @@ def test_kit(what: str) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
+    "laws": laws,
+    "methods": method_texts,
     "architectures": families,
     "language": lambda: render_reference().strip(),
     "verbs": render_verbs,

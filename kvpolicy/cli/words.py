@@ -163,7 +163,7 @@ def costs(plan: Plan, layer: LayerPlan) -> Iterator[str]:
         yield f"the logits of {steps}: attention is computed in the open, not fused"
     if any(leaf.queries == "all" for _, leaf in readers["logits"]):
         yield "column sums of the prompt's attention: its logits a second time, in tiles, never whole"
-    elif any("prompt" in pool.admits for pool, _ in readers["logits"]):
+    elif any(pool.hears_prompts for pool, _ in readers["logits"]):
         yield "the prompt's attention for its newest queries alone"
     if readers["bounds"]:
         kept = sum(pool.units for pool in layer.pools if reads_bounds(layer, pool))

@@ -22,6 +22,7 @@ from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab.running import Request, encode, sampling
 from kvpolicy.lab.watching import StopWhen, Write
 from kvpolicy.patching import listening
+from kvpolicy.patching.checks import decoder_of
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.testing.trace_file import STORED, WHAT, About, TraceWriter
 
@@ -92,13 +93,18 @@ class Teller(TextStreamer):
         self.write(text)
 
 
+def decoder_config(model: Any) -> Any:
+    """The config of the text decoder, which gives its shape."""
+    return decoder_of(model, architecture_of(model.config.model_type)).config
+
+
 def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
     """The layers to record: those asked for, or all that a policy may govern.
 
     Raises:
         ModelError: the model has no such layer, or one that attends to less than the whole text.
     """
-    config = model.base_model.config
+    config = decoder_config(model)
     known = architecture_of(model.config.model_type).governs(config)
     for layer in asked:
         if layer not in known:
@@ -153,7 +159,7 @@ def record(
                 model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=DynamicCache(config=model.base_model.config),
+                    past_key_values=DynamicCache(config=decoder_config(model)),
                     max_new_tokens=request.max_new_tokens + 1,  # the last one is chosen, but not attended to
                     streamer=told,
                     stopping_criteria=[StopWhen(stop)],

@@ -145,7 +145,7 @@ def run_policy(
     compiled, reason = request.compiles(str(model.device))
     options = sampling(request, tokenizer)
     torch.manual_seed(request.seed)
-    with applied(model, policy, compile=compiled):
+    with applied(model, policy, compile=compiled, special_tokens=tokenizer):
         compiler = patch_of(model).compiler
         if isinstance(compiler, BackgroundCompiler):
             compiler.notify = tell

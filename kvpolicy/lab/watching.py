@@ -85,7 +85,7 @@ class Residents:
 
     def __init__(self, cache: PolicyCache) -> None:
         self.cache = cache
-        self.kept: list[dict[str, Tensor]] = [{} for _ in cache.layers]
+        self.kept: list[dict[str, Tensor]] = [{} for _ in cache.parts()]
         self.after: list[tuple[int, int]] = []
 
     @torch.no_grad()
@@ -93,12 +93,12 @@ class Residents:
         """After a pass; `last` after the last one of all."""
         t = self.cache.clocks.host_t
         fired = False
-        for layer, kept in zip(self.cache.layers, self.kept, strict=True):
-            for pool in layer.plan.pools:
+        for part, kept in zip(self.cache.parts(), self.kept, strict=True):
+            for pool in part.plan.pools:
                 updated = t == 0 or (pool.cadence > 0 and t % pool.cadence == 0)
                 fired |= updated and pool.evicts
                 if (updated if pool.evicts else fired or last) or pool.name not in kept:
-                    kept[pool.name] = (layer.state.pool_positions(pool) >= 0).flatten(2).sum(-1)
+                    kept[pool.name] = (part.state.pool_positions(pool) >= 0).flatten(2).sum(-1)
         if fired or last or not self.after:
             self.after.append((t, max(int(self._total(kept).max()) for kept in self.kept)))
 

@@ -66,10 +66,8 @@ def check_admission(pools: Mapping[str, Pool]) -> Iterator[Placed]:
             hint = "give it `admit`, or send it another pool's tokens with `evict: {to: …}`"
             hint = f"{near} else {hint}" if near.startswith("did") else hint
             yield (name,), Complaint(f"nothing feeds the pool `{shown(name)}`", hint, (), "key")
-        # Flagged tokens arrive in prompt or generated passes too, images in prompts.
-        rivals = {
-            kind: {"special": ("prompt", "generated"), "image": ("prompt",)}.get(kind, (kind,)) for kind in pool.admits
-        }
+        # Special tokens and images come in prompts.
+        rivals = {kind: ("prompt",) if kind in ("special", "image") else (kind,) for kind in pool.admits}
         if rivals and all(kind in taken or all(rival in taken for rival in rivals[kind]) for kind in rivals):
             takers = {taken[rival] for kind in rivals for rival in (kind, *rivals[kind]) if rival in taken}
             reason = f"the pool `{shown(name)}` never receives a token: all go to {listed(sorted(takers))}, above it"

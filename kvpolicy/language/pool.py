@@ -28,10 +28,10 @@ class Admit(Spelled):
     }
 
     tokens: Literal["special"] | None = None
-    """tokens that the caller flags as special"""
+    """prompt tokens that the caller flags as special"""
 
     modality: Literal["image"] | None = None
-    """tokens of one modality"""
+    """prompt tokens of one modality"""
 
     @property
     def kind(self) -> str:
@@ -54,7 +54,7 @@ class Pin(Spelled):
     """the first n tokens that entered the pool"""
 
     tokens: Literal["special"] | None = None
-    """tokens that the caller flags as special"""
+    """prompt tokens that the caller flags as special"""
 
     @property
     def kind(self) -> str:

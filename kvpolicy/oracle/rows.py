@@ -47,7 +47,7 @@ class Oracle:
             queries, keys, values: [Q, N_b, D], [K, N_b, D], [K, N_b, D]. A row may bring no token (N_b = 0).
             kind: "prompt" or "generated"; by itself, one token a row on texts that have begun is generated.
             more: the prompt turn goes on with the next pass.
-            special, modality: flags of the new tokens.
+            special, modality: flags of the new tokens; what a generated pass is given counts for nothing.
             scaling: the factor of q.k, D ** -0.5 unless given.
             logits: [Q, N_b, all positions of the row so far], scaled, in place of q.k (of probabilities, take the
                 logarithm). Keys and values may be given as well, for the signals that read these.

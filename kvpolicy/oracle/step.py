@@ -130,10 +130,12 @@ class OracleLayer:
         self.now = Pass(kind, new, fires=self.heard > 0 and (not self.in_turn or self.updates_chunks))
 
     def _admit(self, special: Sequence[bool] | None, modality: Sequence[str | None] | None) -> None:
-        """1. Pools are read top-down; the first that admits a token takes it."""
+        """1. Pools are read top-down; the first that admits a token takes it. Only tokens of a prompt have traits."""
+        prompt = self.now.kind == "prompt"
         for token in range(self.now.new):
-            self.special.append(special is not None and bool(special[token]))
-            traits = {self.now.kind, modality[token] if modality else None, "special" if self.special[-1] else None}
+            self.special.append(prompt and special is not None and bool(special[token]))
+            image = modality[token] if prompt and modality else None
+            traits = {self.now.kind, image, "special" if self.special[-1] else None}
             position = len(self.special) - 1
             for pools in self.heads:
                 taker = next((pool for pool in pools.values() if pool.plan.admits & traits), None)

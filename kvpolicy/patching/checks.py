@@ -12,7 +12,7 @@ from kvpolicy.architecture import Architecture, architecture_of
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.language import Policy
 from kvpolicy.patching.hooks import LayerHook, ModelHook
-from kvpolicy.plan import ModelGeometry, check_supported, make_plan
+from kvpolicy.plan import ModelGeometry, Plan, check_supported, make_plan
 
 
 def check_model(model: Any) -> Architecture:
@@ -33,14 +33,22 @@ def check_model(model: Any) -> Architecture:
     return architecture
 
 
-def check_policy(policy: Policy, geometry: ModelGeometry) -> None:
-    """Refuse a policy that cannot run on this shape, with a one-token prompt to leave lengths out of it."""
-    check_supported(make_plan(policy, geometry, prompt=1, max_new_tokens=1024))
+def check_policy(policy: Policy, geometry: ModelGeometry) -> Plan:
+    """Refuse a policy that cannot run on this shape; returns a plan for a one-token prompt, to leave lengths out of
+    it."""
+    plan = make_plan(policy, geometry, prompt=1, max_new_tokens=1024)
+    check_supported(plan)
+    return plan
+
+
+def decoder_of(model: Any, architecture: Architecture) -> Any:
+    """The text decoder of a model: the module that holds the decoder layers, with a config that gives their shape."""
+    return model.base_model.get_submodule(architecture.decoder)
 
 
 def decoder_layers(model: Any, architecture: Architecture) -> list[nn.Module]:
     """The decoder layers of a model, first to last."""
-    return list(model.base_model.get_submodule(architecture.layers))
+    return list(decoder_of(model, architecture).get_submodule(architecture.layers))
 
 
 def check_forwards(layers: list[nn.Module]) -> None:
@@ -76,15 +84,17 @@ def _check_devices(model: PreTrainedModel) -> None:
 
 
 def _check_layers(model: Any, architecture: Architecture) -> None:
-    config, name = model.base_model.config, type(model).__name__
+    name = type(model).__name__
+    where = ".".join(filter(None, (architecture.decoder, architecture.layers)))
     try:
-        layers = decoder_layers(model, architecture)
+        config, layers = decoder_of(model, architecture).config, decoder_layers(model, architecture)
+        said = config.num_hidden_layers
     except AttributeError:
-        layers = []
-    if len(layers) != config.num_hidden_layers:
+        config, layers, said = model.config, [], "some"
+    if len(layers) != said:
         raise ModelError(
-            f"{name} says it has {config.num_hidden_layers} decoder layers, and {len(layers)} were found at "
-            f"'{architecture.layers}'; is it built by other code than transformers' own?"
+            f"{name} says it has {said} decoder layers, and {len(layers)} were found at '{where}'; is it built by "
+            "other code than transformers' own?"
         )
     for layer in layers:
         attention = getattr(layer, architecture.attention, None)

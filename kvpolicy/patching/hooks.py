@@ -19,7 +19,7 @@ from kvpolicy.runtime import PolicyCache
 
 @dataclass(frozen=True)
 class ModelHook:
-    """Opens every pass over a policy's cache, before the base model runs.
+    """Opens every pass over a policy's cache, before the text decoder runs.
 
     `implementation` is the attention that `apply` put into the config; `layers` how many decoder layers it governs.
     """
@@ -30,7 +30,7 @@ class ModelHook:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        given = _by_name(model, args, kwargs)
+        given = by_name(model, args, kwargs)
         cache = given.get("past_key_values")
         if not isinstance(cache, PolicyCache) or (
             given.get("input_ids") is None and given.get("inputs_embeds") is None
@@ -80,8 +80,8 @@ class ModelHook:
 
 
 def close_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """After the base model ran: a pass that nobody opens again fails from here on, instead of running on old clocks."""
-    cache = _by_name(model, args, kwargs).get("past_key_values")
+    """After the decoder ran: a pass that nobody opens again fails from here on, instead of running on old clocks."""
+    cache = by_name(model, args, kwargs).get("past_key_values")
     if isinstance(cache, PolicyCache):
         _close(cache)
 
@@ -91,8 +91,8 @@ def _close(cache: PolicyCache) -> None:
     cache.finish()
 
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the base model, all by name."""
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a model, all by name."""
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else ()
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

@@ -19,7 +19,7 @@ from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.patching.attention import PREFIX, fallback, register
 from kvpolicy.patching.changes import Journal
-from kvpolicy.patching.checks import decoder_layers
+from kvpolicy.patching.checks import decoder_layers, decoder_of
 
 HEARD = "heard|"
 """What the names of our attention functions begin with."""
@@ -36,8 +36,9 @@ def listening(model: Any, layers: Sequence[int], hear: Hear) -> Iterator[None]:
         UsageError: the model carries a policy.
         ModelError: its architecture is not supported, or has no such layer.
     """
-    stack = decoder_layers(model, architecture_of(model.config.model_type))
-    previous = model.base_model.config._attn_implementation or "eager"
+    architecture = architecture_of(model.config.model_type)
+    stack, decoder = decoder_layers(model, architecture), decoder_of(model, architecture)
+    previous = decoder.config._attn_implementation or "eager"
     if previous.startswith((PREFIX, HEARD)):
         raise UsageError("only a model without a policy can be listened to; call kvpolicy.remove(model) first")
     missing = [layer for layer in layers if not 0 <= layer < len(stack)]
@@ -47,7 +48,7 @@ def listening(model: Any, layers: Sequence[int], hear: Hear) -> Iterator[None]:
     journal = Journal()
     try:
         journal.own_configs(model)
-        configs = (module.__dict__.get("config") for module in model.base_model.modules())
+        configs = (module.__dict__.get("config") for module in decoder.modules())
         for config in {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}.values():
             journal.set(config, "_attn_implementation_internal", name)
         for layer in layers:

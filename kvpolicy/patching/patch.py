@@ -17,9 +17,10 @@ from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
 from kvpolicy.patching.caches import CacheBuilder, build_cache
 from kvpolicy.patching.changes import Journal
-from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers
+from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
 from kvpolicy.patching.lengths import Room
+from kvpolicy.patching.traits import TraitHook
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
@@ -68,6 +69,7 @@ def apply(
     backend: str = "auto",
     max_prompt: int | None = None,
     max_new_tokens: int | None = None,
+    special_tokens: Any = None,
     **params: object,
 ) -> Model:
     """Put a policy under the attention of a model; from then on `generate` builds the policy's cache by itself.
@@ -85,6 +87,8 @@ def apply(
         max_prompt, max_new_tokens: the most tokens of a row that any call of `generate` will bring. Caches are then
             planned once for that, so that all calls share one allocation and what is compiled and captured for it; a
             call that brings more is refused. By default every call is planned for its own lengths.
+        special_tokens: which ids are special, for a policy that asks: a list of them, or a tokenizer, whose special
+            ones are meant. By default those that the model's configs name: where text begins and ends, and padding.
         params: values for the policy's params, as `--set` gives them.
 
     Returns:
@@ -94,11 +98,14 @@ def apply(
         UsageError, ModelError, PolicyError: it cannot be done, and why; the model is then as it was.
     """
     architecture = check_model(model)
-    base: Any = model.base_model
+    decoder = decoder_of(model, architecture)
     policy = _resolve(policy, params)
     dtype = str(model.dtype).removeprefix("torch.")
-    geometry = ModelGeometry.from_config(base.config, dtype)
-    check_policy(policy, geometry)
+    geometry = ModelGeometry.from_config(model.base_model.config, dtype)
+    asked = check_policy(policy, geometry).traits
+    traits = TraitHook.of(model, architecture, policy, special_tokens) if asked else None
+    if traits is not None and "special" in asked:
+        traits.check_special()
     choose_backend(backend, model.device, geometry)
     room = Room(max_prompt, max_new_tokens)
     room.check(policy, geometry)
@@ -107,10 +114,10 @@ def apply(
     if wanted:
         check_forwards(layers)
     compiler = _compiler(wanted)
-    previous = (base.config._attn_implementation or "eager").removeprefix(PREFIX)
+    previous = (decoder.config._attn_implementation or "eager").removeprefix(PREFIX)
     patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room)
     try:
-        _change(model, patch, layers)
+        _change(model, patch, decoder, layers, traits)
     except BaseException:
         patch.journal.undo()
         raise
@@ -187,19 +194,20 @@ def _config_of(module: Any) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _change(model: PreTrainedModel, patch: Patch, layers: list[Any]) -> None:
-    """The changes, all of them, each through the journal."""
+def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any], traits: TraitHook | None) -> None:
+    """The changes, all of them, each through the journal. What a model sees with beside its text stays as it is."""
     journal, policy = patch.journal, patch.policy
     name = register(patch.previous)
     journal.set(model, ATTRIBUTE, patch)
-    base = model.base_model
     journal.own_configs(model)
-    for config in {id(config): config for config in map(_config_of, base.modules()) if config is not None}.values():
+    for config in {id(config): config for config in map(_config_of, decoder.modules()) if config is not None}.values():
         journal.set(config, "_attn_implementation_internal", name)
     recorded = {"format": FORMAT, "name": policy.name, "digest": policy.digest, "yaml": policy.to_yaml()}
     journal.set(model.config, "kv_policy", recorded)
-    journal.before(base, ModelHook(name, len(layers)))
-    journal.after(base, close_pass)
+    if traits is not None:
+        journal.before(model.base_model, traits)
+    journal.before(decoder, ModelHook(name, len(layers)))
+    journal.after(decoder, close_pass)
     for index, layer in enumerate(layers):
         journal.before(layer, LayerHook(index))
         if patch.compiler is not None:

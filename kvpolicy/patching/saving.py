@@ -18,6 +18,7 @@ def from_pretrained(
     model_class: Any = AutoModelForCausalLM,
     compile: bool | str | None = None,
     backend: str = "auto",
+    special_tokens: Any = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model that was saved with a policy, and apply the policy to it.
@@ -25,7 +26,7 @@ def from_pretrained(
     Args:
         path: a folder or hub id, as `model_class.from_pretrained` takes it.
         model_class: the transformers class to load with.
-        compile, backend: as in `apply`.
+        compile, backend, special_tokens: as in `apply`.
         kwargs: passed on to `model_class.from_pretrained`.
 
     Raises:
@@ -34,7 +35,7 @@ def from_pretrained(
     model = model_class.from_pretrained(path, **kwargs)
     policy = recorded_policy(model.config, str(path))
     del model.config.kv_policy  # apply records it again, and remove() then leaves no trace of it
-    return apply(model, policy, compile=compile, backend=backend)
+    return apply(model, policy, compile=compile, backend=backend, special_tokens=special_tokens)
 
 
 def recorded_policy(config: Any, where: str) -> Policy:

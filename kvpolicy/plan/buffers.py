@@ -44,6 +44,8 @@ def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, bat
             yield Buffer(f"{name}.peak", heads, "int64")
     if pool.needs_ordinals:
         yield Buffer(f"{name}.ordinal", slots, "int32")
+    if pool.pin_special and pool.evicts:
+        yield Buffer(f"{name}.special", slots, "bool")
     if pool.pin_survivors and pool.evicts:
         yield Buffer(f"{name}.survivor", units, "bool")
     if pool.size_read:

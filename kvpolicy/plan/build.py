@@ -15,7 +15,7 @@ from kvpolicy.language.signals import definition
 from kvpolicy.plan.buffers import clock_buffers, layer_buffers
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.sizes import Lengths, size_pools
-from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
+from kvpolicy.plan.structure import TRAITS, LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
 
 Known = Mapping[str, Fraction]
 Path = tuple[str | int, ...]  # keys and indices from the top of a policy's text
@@ -53,7 +53,7 @@ def make_plan(
     layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
     streams = _streams(layers)
     layers = [_number_streams(layer, streams) for layer in layers]
-    layers = [replace(layer, buffers=layer_buffers(layer, geometry, batch)) for layer in layers]
+    layers = [_allocated(layer, geometry, batch) for layer in layers]
     plan = Plan(
         policy=policy,
         geometry=geometry,
@@ -77,13 +77,14 @@ def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Le
     }
     per_head = [policy.pools_for(index, geometry.layers, head) for head in range(geometry.kv_heads)]
     resolved = [_layer_pools(policy, pools, known, lengths) for pools in per_head]
-    pools, order = resolved[0]
-    uniform = all(other == resolved[0] for other in resolved)
-    heads = None if uniform else tuple(pools for pools, _ in resolved)
-    if heads is not None:  # room for the hungriest head, shared by all
-        pools = max((pools for pools, _ in resolved), key=lambda pools: sum(pool.capacity for pool in pools))
-        order = next(order for candidate, order in resolved if candidate is pools)
-    return LayerPlan(index=index, dense=per_head[0] is None, pools=pools, order=order, heads=heads)
+    groups = []
+    for pools, order in dict.fromkeys(resolved):
+        members = tuple(head for head, other in enumerate(resolved) if other == (pools, order))
+        groups.append(LayerPlan(index, per_head[members[0]] is None, pools, order, members=members))
+    if len(groups) == 1:
+        return replace(groups[0], members=())
+    largest = max(groups, key=lambda group: group.slots)
+    return replace(largest, dense=False, members=(), groups=tuple(groups), heads=tuple(pools for pools, _ in resolved))
 
 
 def _layer_pools(
@@ -132,7 +133,8 @@ def _effective(pools: tuple[PoolPlan, ...]) -> tuple[PoolPlan, ...]:
     taken: frozenset[str] = frozenset()
     left = []
     for pool in pools:
-        left.append(replace(pool, admits=pool.admits - taken))
+        pool = replace(pool, admits=pool.admits - taken - (TRAITS if "prompt" in taken else frozenset()))
+        left.append(replace(pool, above=taken & TRAITS if pool.hears_prompts else frozenset()))
         taken |= pool.admits
     return tuple(left)
 
@@ -272,8 +274,8 @@ def _update_order(pools: tuple[PoolPlan, ...]) -> tuple[int, ...]:
 def _streams(layers: list[LayerPlan]) -> tuple[Stream, ...]:
     found: dict[Stream, None] = {}
     for layer in layers:
-        for pool in layer.pools:
-            found.setdefault(Stream(pool.admits, pool.page))
+        for pool in layer.every_pool:
+            found.setdefault(pool.order_of_arrival)
     return tuple(found)
 
 
@@ -282,10 +284,25 @@ def _number_streams(layer: LayerPlan, streams: tuple[Stream, ...]) -> LayerPlan:
         name[5:-1] for pool in layer.pools for _, q in pool.quantities() for name in q.names if name.startswith("size(")
     }
     pools = tuple(
-        replace(pool, stream=streams.index(Stream(pool.admits, pool.page)), size_read=pool.name in sizes)
-        for pool in layer.pools
+        replace(pool, stream=streams.index(pool.order_of_arrival), size_read=pool.name in sizes) for pool in layer.pools
     )
-    return replace(layer, pools=pools)
+    groups = tuple(_number_streams(group, streams) for group in layer.groups)
+    of = {head: group.pools for group in groups for head in group.members}
+    return replace(layer, pools=pools, groups=groups, heads=tuple(of[head] for head in sorted(of)) or None)
+
+
+def _allocated(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> LayerPlan:
+    """The layer with its buffers; those of a group carry the numbers of its heads in their names."""
+    groups = tuple(
+        replace(group, buffers=layer_buffers(group, geometry.of_heads(len(group.members)), batch))
+        for group in layer.groups
+    )
+    parts = [
+        replace(buffer, name=f"heads {', '.join(map(str, group.members))}/{buffer.name}")
+        for group in groups
+        for buffer in group.buffers
+    ]
+    return replace(layer, groups=groups, buffers=tuple(parts) or layer_buffers(layer, geometry, batch))
 
 
 def _check_total(plan: Plan, lengths: Lengths) -> None:

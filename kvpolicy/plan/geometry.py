@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpolicy.errors import ModelError
@@ -41,21 +41,29 @@ class ModelGeometry:
         """G: query heads that share one KV head."""
         return self.query_heads // self.kv_heads
 
+    def of_heads(self, kv_heads: int) -> ModelGeometry:
+        """The same with so many KV heads, and the query heads that share them."""
+        return replace(self, kv_heads=kv_heads, query_heads=kv_heads * self.group)
+
     @classmethod
     def from_config(cls, config: Any, dtype: str | None = None) -> ModelGeometry:
         """Read the shape out of a transformers config object or the mapping of a ``config.json``.
 
-        ``dtype`` overrides the one the config names (float32 where it names none).
+        Where a config is of a model that sees as well, the shape is its ``text_config``'s. ``dtype`` overrides the one
+        the config names (float32 where it names none).
         """
-        read = config.get if isinstance(config, Mapping) else lambda name, default=None: getattr(config, name, default)
+        read = _reader(config)
         model_type = str(read("model_type") or "unknown")
+        named = dtype or read("dtype") or read("torch_dtype")
+        if not read("num_hidden_layers") and read("text_config"):
+            read = _reader(read("text_config"))
         layers, query_heads, hidden = read("num_hidden_layers"), read("num_attention_heads"), read("hidden_size")
         if not layers or not query_heads or not hidden:
             raise ModelError(
                 f"the config of this {model_type} model lacks num_hidden_layers, num_attention_heads or hidden_size, "
                 "so its cache cannot be planned; pass the config of its text decoder"
             )
-        stored = dtype or str(read("dtype") or read("torch_dtype") or "float32").removeprefix("torch.")
+        stored = str(named or read("dtype") or read("torch_dtype") or "float32").removeprefix("torch.")
         if stored not in ("float32", "bfloat16", "float16", "float64"):
             raise ModelError(f"keys and values cannot be stored as {stored}; pass dtype float32, bfloat16 or float16")
         return cls(
@@ -68,3 +76,8 @@ class ModelGeometry:
             vocab_size=int(read("vocab_size") or 0),
             max_positions=int(read("max_position_embeddings") or 0),
         )
+
+
+def _reader(config: Any) -> Callable[[str], Any]:
+    """Reads a key of a config object or of a mapping; None where it is not there."""
+    return config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)

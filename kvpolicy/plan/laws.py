@@ -102,7 +102,11 @@ def laws(policy: Policy, geometry: ModelGeometry = TYPICAL) -> list[Part]:
     Raises:
         PolicyError: the policy cannot be resolved for this shape.
     """
-    return _grouped(laws_by_head(policy, least_shape(policy, geometry)))
+    least = least_shape(policy, geometry)
+    parts = _grouped(laws_by_head(policy, least))
+    if len(parts) > 1 and least.layers < geometry.layers:  # shares that move from layer to layer: all of them are told
+        parts = _grouped(laws_by_head(policy, replace(least, layers=geometry.layers)))
+    return parts
 
 
 def laws_by_head(policy: Policy, geometry: ModelGeometry) -> dict[tuple[int, int], Part]:
@@ -216,7 +220,7 @@ def _bits(pool: PoolPlan) -> int | None:
 
 
 def least_shape(policy: Policy, shape: ModelGeometry) -> ModelGeometry:
-    """The least of a shape that has all the layers and KV heads in which a policy may differ."""
+    """The least of a shape that shows whether layers and KV heads differ, and where an override says so all of them."""
     if any(override.heads is not None for override in policy.overrides):
         return shape
     layers = shape.layers if policy.overrides else min(shape.layers, 4)
@@ -256,4 +260,6 @@ def _where(group: list[tuple[int, int]], cells: dict[tuple[int, int], Part]) -> 
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return "layers " + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(
+        str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs
+    )

@@ -55,12 +55,14 @@ def size_pools(
         if pool.budget is None:
             pool = replace(pool, bound=ever, capacity=ever)
         else:
-            bound = min(ever, max(_within_budget(pool, ranges, lengths), _protected(pool, ranges, ever)))
+            special = ever if pool.name in fed else min(ever, _in_turns(lengths.prompt[1], pool.page, lengths))
+            protected = _protected(pool, ranges, ever, special)
+            bound = min(ever, max(_within_budget(pool, ranges, lengths), protected))
             slack = _slack(pool, lengths, sized)
             victims = _victims(pool, slack, sized)
             pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=victims)
             if _shares(pool, pool.name in fed):
-                pool = replace(pool, shared=True, capacity=_of_all_heads(pool, ranges, lengths, ever))
+                pool = replace(pool, shared=True, capacity=_of_all_heads(pool, ranges, lengths, ever, protected))
         fewest = pool.bound if full and pool.budget is None else _fewest(pool, pools, ranges, lengths)
         ranges[f"size({pool.name})"] = Range(Fraction(min(fewest, pool.bound)), Fraction(pool.bound))
         # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
@@ -71,6 +73,11 @@ def size_pools(
         sized[index] = replace(pool, offset=offset, read_units=_read_units(pool, ranges, pool.name in fed))
         offset += pool.capacity
     return tuple(sized)
+
+
+def _in_turns(tokens: int, page: int, lengths: Lengths) -> int:
+    """The most whole-page tokens that so many make: every turn but the last may leave a page part full."""
+    return in_pages(tokens, page) + (lengths.turns - 1) * (page if page > 1 else 0)
 
 
 def _read_units(pool: PoolPlan, ranges: dict[str, Range], fed: bool) -> int:
@@ -88,10 +95,7 @@ def _most(pool: PoolPlan, lengths: Lengths) -> int:
 
 def _arrivals(pools: tuple[PoolPlan, ...], order: tuple[int, ...], lengths: Lengths) -> dict[str, int]:
     """The most whole-page tokens that can ever enter each pool, from the text and from the pools that feed it."""
-    ever = {
-        pool.name: in_pages(_most(pool, lengths), pool.page) + (lengths.turns - 1) * (pool.page if pool.page > 1 else 0)
-        for pool in pools
-    }
+    ever = {pool.name: _in_turns(_most(pool, lengths), pool.page, lengths) for pool in pools}
     for index in order:  # sources come before the pools they feed
         source = pools[index]
         if source.to is not None:
@@ -132,10 +136,10 @@ def _shares(pool: PoolPlan, fed: bool) -> bool:
     )
 
 
-def _of_all_heads(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths, ever: int) -> int:
+def _of_all_heads(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths, ever: int, protected: int) -> int:
     """The most whole-page tokens that all KV heads together keep: as many as if each had its own budget, and half a
     unit a head where shares of it are rounded."""
-    most = max(_mean_budget(pool, ranges), _protected(pool, ranges, ever))
+    most = max(_mean_budget(pool, ranges), protected)
     rounding = lengths.kv_heads // 2 * pool.page if 0 < pool.floor < 1 else 0
     return min(lengths.kv_heads * ever, lengths.kv_heads * most + rounding)
 
@@ -154,11 +158,11 @@ def _within_budget(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths) -
     return most
 
 
-def _protected(pool: PoolPlan, ranges: dict[str, Range], ever: int) -> int:
-    """The most whole-page tokens that may be safe from eviction at once."""
-    if pool.pin_survivors or pool.pin_special:
+def _protected(pool: PoolPlan, ranges: dict[str, Range], ever: int, special: int) -> int:
+    """The most whole-page tokens that may be safe from eviction at once; ``special`` of them by their trait."""
+    if pool.pin_survivors:
         return ever
-    tokens = 0
+    tokens = special if pool.pin_special else 0
     for quantity in (pool.window, pool.first):
         if quantity is None:
             continue

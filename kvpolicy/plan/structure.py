@@ -7,6 +7,7 @@ U units (pages; tokens where page is 1), N new tokens, D head size.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -64,12 +65,30 @@ class StorePlan:
     values: str
 
 
+TRAITS = frozenset({"special", "image"})
+"""What a prompt token may be beside being one, each by its own name: the caller says so."""
+
+
 @dataclass(frozen=True)
 class Stream:
-    """One order of arrival: the pools of all layers that admit the same tokens in pages of the same size."""
+    """One order of arrival: the pools of all layers that admit the same tokens in pages of the same size.
+
+    ``above`` are the traits with which a prompt token went to a pool further up.
+    """
 
     admits: frozenset[str]
     page: int
+    above: frozenset[str] = frozenset()
+
+    @property
+    def hears_prompts(self) -> bool:
+        """Whether a prompt pass can bring it anything."""
+        return bool(self.admits & {"prompt", *TRAITS})
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """The traits by which prompt tokens are told apart here; none where it takes them all, or none of them."""
+        return (self.admits & TRAITS) | self.above
 
 
 @dataclass(frozen=True)
@@ -86,8 +105,8 @@ class Buffer:
 
     @property
     def holds_tokens(self) -> bool:
-        """Whether keys or values lie here, of all pools or of a shared one."""
-        return self.name.rpartition(".")[2] in ("keys", "values")
+        """Whether it holds keys or values, and no notes about them."""
+        return not {"keys", "values"}.isdisjoint(re.split(r"[./]", self.name))
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,17 @@ class PoolPlan:
     victims: int = 0
     read_units: int = 0
     size_read: bool = False
+    above: frozenset[str] = frozenset()
+
+    @property
+    def order_of_arrival(self) -> Stream:
+        """The stream that the pool's tokens come in."""
+        return Stream(self.admits, self.page, self.above)
+
+    @property
+    def hears_prompts(self) -> bool:
+        """Whether a prompt pass can bring it tokens."""
+        return self.order_of_arrival.hears_prompts
 
     @property
     def units(self) -> int:
@@ -157,8 +187,9 @@ class PoolPlan:
 class LayerPlan:
     """One layer: its pools in reading order, and in which ``order`` they are updated.
 
-    ``heads`` holds pools per KV head where an override names heads, else None. ``buffers`` is everything the runtime
-    allocates for the layer, so the bytes that are printed are the bytes that are allocated.
+    Where an override names heads, ``heads`` holds the pools per KV head, and ``groups`` a plan for the ``members`` that
+    have equal pools, with slots of their own; ``pools`` are then those of the group that keeps most. ``buffers`` is
+    everything the runtime allocates for the layer, so the bytes that are printed are the bytes that are allocated.
     """
 
     index: int
@@ -167,6 +198,19 @@ class LayerPlan:
     order: tuple[int, ...]
     heads: tuple[tuple[PoolPlan, ...], ...] | None = None
     buffers: tuple[Buffer, ...] = ()
+    groups: tuple[LayerPlan, ...] = ()
+    members: tuple[int, ...] = ()
+
+    @property
+    def every_pool(self) -> tuple[PoolPlan, ...]:
+        """The pools of all heads."""
+        return tuple(pool for group in self.groups for pool in group.pools) or self.pools
+
+    @property
+    def shape(self) -> LayerPlan:
+        """What layers that run alike have in common: all but the index, and which heads form a group."""
+        groups = tuple(replace(group, index=0, members=tuple(range(len(group.members)))) for group in self.groups)
+        return replace(self, index=0, groups=groups, heads=None, buffers=() if groups else self.buffers)
 
     @property
     def window_queries(self) -> int:
@@ -245,13 +289,19 @@ class Plan:
         return replace(layer, pools=tuple(pools))
 
     @property
+    def traits(self) -> frozenset[str]:
+        """Which of "special" and "image" the policy must be told of a prompt's tokens."""
+        pools = [pool for layer in self.layers for pools in (layer.pools, *(layer.heads or ())) for pool in pools]
+        asked = frozenset().union(*(pool.order_of_arrival.traits for pool in pools))
+        return asked | ({"special"} if any(pool.pin_special and pool.evicts for pool in pools) else frozenset())
+
+    @property
     def reads_lengths(self) -> bool:
         """Whether some number of the policy depends on how long the prompt is, or on what another pool holds."""
         names = {
             name
             for layer in self.layers
-            for pools in (layer.pools, *(layer.heads or ()))
-            for pool in pools
+            for pool in layer.every_pool
             for _, quantity in pool.quantities()
             for name in quantity.names
         }
@@ -266,7 +316,7 @@ class Plan:
             or (pool.capacity if pool.shared else pool.bound)
             >= admitted(pool, self.prompt[1], self.max_new_tokens) * (heads if pool.shared else 1)
             for layer in self.layers
-            for pool in layer.pools
+            for pool in layer.every_pool
         )
 
 

@@ -31,9 +31,9 @@ def unsupported(plan: Plan) -> Iterator[str]:
 
 
 def _layer(layer: LayerPlan) -> Iterator[str]:
-    if layer.heads is not None:
-        yield "overrides for single heads"
-    for pool in layer.pools:
+    for pool in layer.every_pool:
+        if layer.groups and pool.scope != "kv-head":
+            yield f"pool {pool.name}: evict scope {pool.scope} beside overrides for single heads"
         yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
     if layer.shared:
         names = ", ".join(pool.name for pool in layer.shared)
@@ -42,12 +42,8 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
 
 
 def _pool(pool: PoolPlan) -> Iterator[str]:
-    if not pool.admits <= {"prompt", "generated"}:
-        yield f"admit {', '.join(sorted(pool.admits - {'prompt', 'generated'}))}"
     if not pool.admits:
         yield "a pool fed by another"
-    if pool.pin_special:
-        yield "pinned {tokens: special}"
     if pool.scope == "across-heads" and pool.evicts and not pool.shared:
         yield _across_heads(pool)
     if pool.to is not None:

@@ -41,7 +41,8 @@ class PoolTimeline:
 def timeline(plan: Plan, layer: LayerPlan) -> list[PoolTimeline]:
     """The pools of a layer, in reading order, from the end of the longest prompt to the last generated token.
 
-    Special tokens are taken to be absent. Pools that another feeds are counted as if each moved unit stayed whole.
+    Special tokens and images are taken to be absent. Pools that another feeds are counted as if each moved unit stayed
+    whole.
     """
     return _Count(plan.prompt[1], layer).run(plan.max_new_tokens)
 

@@ -6,6 +6,7 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
+from kvpolicy.runtime.split import SplitLayer
 
 
 class PolicyCache(Cache):
@@ -52,7 +54,9 @@ class PolicyCache(Cache):
         self.moment = Moment()
         self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
         layers = [
-            PolicyLayer(layer, plan.geometry, self.clocks, self.moment, self.device, self.backend)
+            (SplitLayer if layer.groups else PolicyLayer)(
+                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend
+            )
             for layer in plan.layers
         ]
         super().__init__(layers=layers)
@@ -63,21 +67,24 @@ class PolicyCache(Cache):
         """The distinct cadences, each with the stream whose pages must open before an update has work to do."""
 
         def waits(pool: PoolPlan) -> bool:
-            return pool.page > 1 and pool.cadence == 1 and pool.victims > 0 and pool.window is None
+            learns = any(leaf.remembers and isinstance(leaf.queries, int) for leaf in pool.scorer.leaves())
+            steady = pool.cadence == 1 and pool.victims > 0 and pool.window is None
+            return pool.page > 1 and steady and not learns  # a window of queries is remembered at updates alone
 
         self._cadences = {
             (pool.cadence, pool.stream if waits(pool) else None)
             for layer in self.plan.layers
-            for pool in layer.pools
+            for pool in layer.every_pool
             if pool.evicts and pool.cadence > 0
         }
         every = any(cadence == 1 and stream is None for cadence, stream in self._cadences)
-        self.moment.plan = self.plan
+        self.moment.plan, self._asked = self.plan, self.plan.traits
         self.moment.kinds = (UPDATE,) if every else (PLAIN, UPDATE) if self._cadences else (PLAIN,)
 
     def _forget(self) -> None:
         self.turn_columns = 0
         self.expected: int | None = None
+        self._told: dict[str, Tensor] = {}
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
         self.finish()
 
@@ -90,6 +97,8 @@ class PolicyCache(Cache):
         *,
         kind: str | None = None,
         more: bool | None = None,
+        special: Tensor | None = None,
+        modality: Tensor | None = None,
     ) -> str:
         """Open the next pass of the model and say what it is: "prompt", "plain" or "update".
 
@@ -98,23 +107,43 @@ class PolicyCache(Cache):
             valid: [B, N] bool, False where a column is padding; None where nothing is.
             kind: "prompt" or "generated"; by default one column on a non-empty cache is generated, all else a prompt.
             more: whether further chunks of this prompt turn follow; by default only where ``expect_prompt`` says so.
+            special: [B, N] bool, which tokens of a prompt pass are special; None where none is.
+            modality: [B, N], of what kind the tokens of a prompt pass are: 1 (or True) for an image's, 0 for text, and
+                other numbers as models have them (2 for a video's); None where all are text.
 
         Raises:
             CacheError: the plan has no room for these tokens, or a generated pass would skip a row.
         """
-        if kind is None:
-            in_turn = self.turn_columns > 0 or self.expected is not None
-            kind = "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
+        kind = kind or self.kind_of(columns)
+        told, self._told = {**self._told, **_known(special=special, modality=modality)}, {}
         if kind == "generated":
             opened = self.open_step(columns, valid)
             self.clocks.advance()
             return opened
         if kind != "prompt":
             raise CacheError(f"a pass is of kind prompt or generated, not {kind!r}")
-        self._begin_prompt(columns, valid, more)
+        self._begin_prompt(columns, valid, more, told)
         self.clocks.columns += columns
         self.passes[PROMPT] += 1
         return PROMPT
+
+    def kind_of(self, columns: int) -> str:
+        """What the next pass is, "prompt" or "generated", where nobody says so."""
+        in_turn = self.turn_columns > 0 or self.expected is not None
+        return "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
+
+    def tell(self, *, special: Tensor | None = None, modality: Tensor | None = None) -> None:
+        """Say of what kind the tokens of the next pass are, as ``begin`` takes it, before the pass is opened.
+
+        A model with a policy reads this off its own inputs; what is told goes before that.
+        """
+        self._told |= _known(special=special, modality=modality)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Which of "special" and "image" the policy asks of the next prompt pass's tokens, and nobody has told yet."""
+        told = {"special": "special", "image": "modality"}
+        return frozenset(name for name in self._asked if told[name] not in self._told)
 
     def open_step(self, columns: int = 1, valid: Tensor | None = None) -> str:
         """The host's half of ``begin`` for a generated pass: "plain" or "update"; asks and tells the device nothing.
@@ -142,7 +171,7 @@ class PolicyCache(Cache):
         self.passes[kind] += 1
         return kind
 
-    def _begin_prompt(self, columns: int, valid: Tensor | None, more: bool | None) -> None:
+    def _begin_prompt(self, columns: int, valid: Tensor | None, more: bool | None, told: Mapping[str, Tensor]) -> None:
         first, empty = self.turn_columns == 0, self.clocks.columns == self.turn_columns
         if valid is None:
             valid = torch.ones(self.plan.batch, columns, dtype=torch.bool, device=self.device)
@@ -156,19 +185,33 @@ class PolicyCache(Cache):
             )
         if more is None:
             more = self.expected is not None and self.turn_columns + columns < self.expected
+        traits = self._traits(valid, told)
         self._check_prompt((self.clocks.prompt_len + valid.sum(1)).tolist(), more)
         if first:
             self.clocks.open_turn()
-        place = self.clocks.turn_tokens[:, None] + valid.long().cumsum(1) - 1
         self.turn_columns += columns
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
-        moment.position, moment.place = self.clocks.prompt(valid), place
+        moment.position, moment.places = self.clocks.prompt(valid, traits)
+        moment.traits = traits
         if not more:
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None
+
+    def _traits(self, valid: Tensor, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the policy asks of a prompt pass's tokens, by the name of the trait [B, N] bool."""
+        for name, flags in told.items():
+            if flags.shape != valid.shape:
+                raise CacheError(
+                    f"{name} says what each token of the pass is, so it has the shape {tuple(valid.shape)}, not "
+                    f"{tuple(flags.shape)}"
+                )
+        known = {name: flags.to(self.device) for name, flags in told.items()}
+        traits = {"special": known.get("special", torch.zeros_like(valid)).bool()}
+        traits["image"] = known.get("modality", torch.zeros_like(valid)) == 1
+        return {name: traits[name] for name in sorted(self._asked)}
 
     def _check_prompt(self, lengths: list[int], more: bool) -> None:
         """Refuse prompts, by row, that the plan made no room for: longer ones, and shorter ones where that makes room
@@ -234,6 +277,14 @@ class PolicyCache(Cache):
             layer.reset()
         self._forget()
 
+    def parts(self) -> Iterator[PolicyLayer]:
+        """Every group of heads with equal pools, of every layer: most layers are one."""
+        for layer in self.layers:
+            yield from layer.parts
+
+    def _tensors(self) -> list[Tensor]:
+        return self.clocks.tensors() + [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order (a row may come twice), in place, as beam search asks."""
         self._select(beam_idx)
@@ -248,7 +299,7 @@ class PolicyCache(Cache):
             raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
 
     def _select(self, rows: Tensor) -> None:
-        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        tensors = self._tensors()
         for tensor in tensors:
             tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
 
@@ -257,7 +308,7 @@ class PolicyCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes that the cache's tensors hold: what the plan announced."""
-        tensors = self.clocks.tensors() + [tensor for layer in self.layers for tensor in layer.state.all_tensors()]
+        tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
@@ -265,7 +316,7 @@ class PolicyCache(Cache):
 
         Slots that KV heads share come last; there -1 also stands where a token is another head's.
         """
-        return self.layers[layer_idx].state.all_positions.long()
+        return self.layers[layer_idx].positions()
 
     def stats(self) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
@@ -274,10 +325,10 @@ class PolicyCache(Cache):
         ``bound`` (the plan's), ``seen`` and ``evicted`` (totals).
         """
         pools: dict[str, dict[str, int]] = {}
-        for layer in self.layers:
-            for pool in layer.plan.pools:
-                _count(layer, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
-        resident = max(int((layer.state.all_positions >= 0).sum(-1).max()) for layer in self.layers)
+        for part in self.parts():
+            for pool in part.plan.pools:
+                _count(part, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
+        resident = max(int((part.state.all_positions >= 0).sum(-1).max()) for part in self.parts())
         return {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
@@ -308,6 +359,10 @@ class PolicyCache(Cache):
             self.layers[number].replan(layer)
         self.plan = plan
         self._note_cadences()
+
+
+def _known(**flags: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 COUNTED = ("resident", "peak", "bound", "seen", "evicted")

@@ -5,6 +5,7 @@ Graphs read only the tensors, which keep their addresses; the host keeps its own
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ TORCH_DTYPES = {
     "bool": torch.bool,
 }
 
+Places = tuple[Tensor | None, ...]
+"""By stream: where a pass's tokens stand in it [B, N]."""
+
 
 @dataclass
 class StreamClock:
@@ -29,7 +33,8 @@ class StreamClock:
 
     ``seen`` tokens ever admitted; ``fill`` tokens in the newest page (the page size where it is closed); ``opened``
     counts the units that generated tokens have opened; ``ordinal`` is the newest generated token's place in the order.
-    ``host_fills`` are the values that ``fill`` may have in some row, known without asking the device.
+    ``turn_tokens`` are the prompt tokens of the turn at hand. ``host_fills`` are the values that ``fill`` may have in
+    some row, known without asking the device; ``turn_room`` is at least the most turn tokens of any row.
     """
 
     stream: Stream
@@ -41,12 +46,30 @@ class StreamClock:
     def __post_init__(self) -> None:
         self.host_fills = {self.stream.page}
         self.opened_now = False
+        self.turn_tokens = torch.zeros_like(self.seen)
+        self.turn_room = 0
 
     def reset(self) -> None:
         self.seen.zero_()
         self.fill.fill_(self.stream.page)
         self.host_fills = {self.stream.page}
         self.opened.zero_()
+        self.open_turn()
+
+    def open_turn(self) -> None:
+        """A prompt turn begins."""
+        self.turn_tokens.zero_()
+        self.turn_room = 0
+
+    def admit_prompt(self, enters: Tensor) -> Tensor:
+        """A prompt pass brings the tokens ``enters`` [B, N]: returns their numbers within the turn, -1 elsewhere."""
+        place = torch.where(enters, self.turn_tokens[:, None] + enters.long().cumsum(1) - 1, -1)
+        tokens = enters.sum(1)
+        self.seen += tokens
+        self.turn_tokens += tokens
+        # Where a trait decides, far fewer may enter than the pass has columns; a prompt pass may ask the device.
+        self.turn_room = int(self.turn_tokens.max()) if self.stream.traits else self.turn_room + enters.shape[1]
+        return place
 
     def close(self, rows: Tensor) -> None:
         """Close the open page of ``rows`` [B]: the next token opens a new one."""
@@ -71,13 +94,16 @@ class StreamClock:
         self.ordinal.copy_(self.seen)
         self.seen += 1
 
-    def end_turn(self, turn_tokens: Tensor, host_turn_tokens: set[int]) -> None:
-        """A prompt turn of ``turn_tokens`` [B] ended: its last page stays open. Rows without any had no turn."""
-        page, admitted = self.stream.page, "prompt" in self.stream.admits
-        if admitted:
-            self.fill.copy_(torch.where(turn_tokens > 0, (turn_tokens - 1) % page + 1, self.fill))
-        before = self.host_fills if 0 in host_turn_tokens else set()
-        self.host_fills = before | {(n - 1) % page + 1 if admitted else page for n in host_turn_tokens if n}
+    def end_turn(self, lengths: list[int]) -> None:
+        """A prompt turn ended that brought so many tokens to each row: its last page stays open, or no page, where none
+        of them came here. Rows without any had no turn."""
+        page, own = self.stream.page, [0] * len(lengths)
+        if self.stream.hears_prompts and page > 1:
+            self.fill.copy_(torch.where(self.turn_tokens > 0, (self.turn_tokens - 1) % page + 1, self.fill))
+            own = self.turn_tokens.tolist() if self.stream.traits else lengths
+        before = self.host_fills if 0 in lengths else set()
+        fills = {(mine - 1) % page + 1 if mine else page for all_, mine in zip(lengths, own, strict=True) if all_}
+        self.host_fills = before | fills
 
 
 class Clocks:
@@ -128,23 +154,40 @@ class Clocks:
     def open_turn(self) -> None:
         """A prompt turn begins."""
         self.turn_tokens.zero_()
+        for clock in self.streams:
+            clock.open_turn()
 
-    def prompt(self, valid: Tensor) -> Tensor:
-        """A prompt pass of the tokens ``valid`` [B, N]: returns their positions [B, N], -1 for padding."""
+    def prompt(self, valid: Tensor, traits: Mapping[str, Tensor]) -> tuple[Tensor, Places]:
+        """A prompt pass of the tokens ``valid`` [B, N], some of which have ``traits``, each [B, N].
+
+        Returns their positions [B, N], -1 for padding, and by stream their numbers within its turn [B, N], -1 where
+        they go elsewhere; None for a stream that no prompt reaches.
+        """
         before = self.prompt_len + self.t
         position = torch.where(valid, before[:, None] + valid.long().cumsum(1) - 1, -1)
         tokens = valid.sum(1)
         begins = (self.turn_tokens == 0) & (tokens > 0)
         self.prompt_len += tokens
         self.turn_tokens += tokens
+        places: list[Tensor | None] = []
         for clock in self.streams:
             clock.close(begins)
-            if "prompt" in clock.stream.admits:
-                clock.seen += tokens
-        return position
+            hears = clock.stream.hears_prompts
+            places.append(clock.admit_prompt(entering(clock.stream, valid, traits)) if hears else None)
+        return position, tuple(places)
 
     def close_turn(self) -> None:
         """The turn's last pass: the host learns the rows' lengths (a prompt pass may ask the device)."""
-        lengths = set(self.turn_tokens.tolist())
+        lengths = self.turn_tokens.tolist()
         for clock in self.streams:
-            clock.end_turn(self.turn_tokens, lengths)
+            clock.end_turn(lengths)
+
+
+def entering(stream: Stream, valid: Tensor, traits: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens [B, N] of a prompt pass come in a stream: those that it admits and no pool above has taken."""
+    mine = valid if "prompt" in stream.admits else torch.zeros_like(valid)
+    for trait in stream.admits & traits.keys():
+        mine = mine | (traits[trait] & valid)
+    for trait in stream.above & traits.keys():
+        mine = mine & ~traits[trait]
+    return mine

@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,10 +99,10 @@ class StepCompiler:
         return self._steps[key]
 
     def _shape(self, kv_layer: Any) -> int:
-        """Layers whose plans differ in their index alone have one shape. Comparing plans is slow: once per cache."""
+        """Layers of one shape run alike. Comparing plans is slow: once per cache."""
         known = self._shape_of.get(kv_layer)
         if known is None or known[0] is not kv_layer.plan:
-            shape = self._shapes.setdefault(replace(kv_layer.plan, index=0), len(self._shapes))
+            shape = self._shapes.setdefault(kv_layer.plan.shape, len(self._shapes))
             self._shape_of[kv_layer] = known = (kv_layer.plan, shape)
         return known[1]
 

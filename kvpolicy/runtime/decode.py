@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutput
 
 from kvpolicy.errors import UsageError
@@ -25,6 +25,10 @@ from kvpolicy.runtime.choosing import Choice, sample
 from kvpolicy.runtime.stepping import Stepper, is_watched
 
 KEPT = ("scores", "logits", "attentions", "hidden_states")  # what generate returns of every step when asked to
+# What comes with a prompt and says nothing of a generated token, which is text; transformers' own list leaves out what
+# places images in the text.
+PLACING = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+OF_PROMPTS = (*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, *PLACING)
 
 
 @dataclass(frozen=True)
@@ -217,14 +221,16 @@ class _StepInputs:
     """
 
     def __init__(self, kwargs: dict[str, Any], text: Tensor, start: int) -> None:
-        known = ("position_ids", "attention_mask", "inputs_embeds", "past_key_values")
+        known = ("position_ids", "attention_mask", "inputs_embeds", "past_key_values", *OF_PROMPTS)
         self.fixed = {name: value for name, value in kwargs.items() if name not in known}
         strange = [name for name, value in self.fixed.items() if isinstance(value, Tensor)]
         if strange:
             raise _refusal(f"does not know how {', '.join(strange)} would go on")
         self.text = text
         positions: Tensor | None = kwargs.get("position_ids")
-        self.position = None if positions is None else positions[..., -1:].expand(text.shape[0], -1).clone()
+        self.position: Tensor | None = None
+        if positions is not None:  # [..., rows, 1]: some models count a token's place along several axes
+            self.position = positions[..., -1:].expand(*positions.shape[:-2], text.shape[0], 1).clone()
         mask: Tensor | None = kwargs.get("attention_mask")
         self.mask: Tensor | None = None
         if mask is not None and not isinstance(kwargs.get("past_key_values"), PolicyCache):

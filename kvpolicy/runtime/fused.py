@@ -127,13 +127,11 @@ class FusedStep:
 
 def _reasons(plan: LayerPlan, arrival: PoolPlan, working: PoolPlan | None) -> Iterator[str]:
     """Everything that the kernels were not written for, in one clause each."""
-    if plan.heads is not None:
-        yield "KV heads have policies of their own"
     for pool in plan.shared:
         yield f"KV heads share the slots of pool {pool.name}"
     for pool in plan.pools:
-        if pool.read is not None or pool.store is not None or pool.to is not None or pool.pin_special:
-            yield f"pool {pool.name} selects, quantises, feeds another or pins special tokens"
+        if pool.read is not None or pool.store is not None or pool.to is not None:
+            yield f"pool {pool.name} selects, quantises or feeds another"
         if pool.size_read and (pool is working or (pool is arrival and not pool.evicts)):
             yield f"size({pool.name}) changes while generating"
     for pool in {arrival.name: arrival, **({working.name: working} if working else {})}.values():
@@ -157,6 +155,8 @@ def _work_reasons(plan: LayerPlan, pool: PoolPlan) -> Iterator[str]:
     leaf, ranked = pool.scorer, _ranked(plan, pool)
     if pool.scope != "kv-head":
         yield f"evict scope {pool.scope}"
+    if pool.pin_special:
+        yield "special tokens are pinned"
     if leaf.signal not in SIGNALS:
         yield f"signal {leaf.signal}"
     if leaf.over != "cache" and (leaf.over != "pool" or leaf.signal == "attention"):

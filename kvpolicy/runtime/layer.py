@@ -6,7 +6,8 @@ the plan's numbers and on ``moment.kind``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_sc
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import Clocks, Places
 from kvpolicy.runtime.evict import drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
 from kvpolicy.runtime.packing import outlives_slots, pack
@@ -49,15 +50,17 @@ PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 class Moment:
     """The pass that is open: set by ``PolicyCache.begin``, read by every layer. ``kind`` is None between passes.
 
-    For prompt passes also the tokens' positions and their numbers within the turn [B, N], whether more of the turn is
-    to come, whether the cache was empty and nothing is padded (``whole``), and whether it is the turn's first pass.
+    For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which of them
+    have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
+    empty and nothing is padded (``whole``), and whether it is the turn's first pass.
     ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
     """
 
     kind: str | None = None
     columns: int = 0
     position: Tensor | None = None
-    place: Tensor | None = None
+    places: Places = ()
+    traits: Mapping[str, Tensor] = field(default_factory=dict)
     more: bool = False
     whole: bool = False
     first: bool = False
@@ -118,6 +121,15 @@ class PolicyLayer(CacheLayerMixin):
             for policy in self.policies.values()
             for leaf in policy.leaves
         )
+
+    @property
+    def parts(self) -> list[PolicyLayer]:
+        """Its heads in groups of equal pools: one here, more in a ``SplitLayer``."""
+        return [self]
+
+    def positions(self) -> Tensor:
+        """Kept positions by slot [B, K, S], -1 where a slot is empty."""
+        return self.state.all_positions.long()
 
     def replan(self, plan: LayerPlan) -> None:
         """Take new sizes and keep what is resident."""
@@ -315,11 +327,11 @@ class PolicyLayer(CacheLayerMixin):
 
     def _prompt(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         moment = self.moment
-        assert moment.position is not None and moment.place is not None
+        assert moment.position is not None
         if moment.first or self.turn is None:
             self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
-        self.turn.widen(query.shape[2], self.policies, self.clocks)
-        self.turn.admit(key, value, moment.position, moment.place, self.clocks, self.policies)
+        self.turn.widen(self.policies, self.clocks)
+        self.turn.admit(key, value, moment.position, moment.places, moment.traits, self.clocks, self.policies)
         wide, sums = self.turn.state, None
         if self.sums_prompt:
             out, sums = self._attend_and_sum(query, wide, scaling)
@@ -349,9 +361,10 @@ class PolicyLayer(CacheLayerMixin):
         """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
         moment = self.moment
         assert moment.position is not None
-        span = slice(None)
-        if moment.empty:  # all that is there are the pass's own tokens, in order
-            span = wide.span(next(pool for pool in wide.plan.pools if "prompt" in pool.admits))
+        pools = [pool for pool in wide.plan.pools if pool.hears_prompts]
+        # Where one pool takes them all, and nothing was there before, it holds the pass's own tokens, in order.
+        in_order = moment.empty and len(pools) == 1
+        span = wide.span(pools[0]) if in_order else slice(None)
         out, found = attend_prompt_and_sum(
             query,
             wide.keys[:, :, span],
@@ -359,7 +372,7 @@ class PolicyLayer(CacheLayerMixin):
             moment.position,
             wide.position[:, :, span],
             scaling,
-            in_order=moment.empty,
+            in_order=in_order,
             padded=not moment.whole,
         )
         sums = found.new_zeros(*found.shape[:3], wide.position.shape[2])

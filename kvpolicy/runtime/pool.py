@@ -68,6 +68,8 @@ class PoolPolicy:
                 free = free & _whole_units(pool, state, ordinal < _each(edge))
             if self.first is not None:
                 free = free & _whole_units(pool, state, ordinal >= _each(floored(self.first, values)))
+        if pool.pin_special:  # such a token never leaves, so its slot is never another's: nothing has to be wiped
+            free = free & _whole_units(pool, state, ~state.tensors[f"{pool.name}.special"])
         if pool.page > 1:
             free[state.rows, state.heads, state.newest_unit(pool, clock.opened)] = False
         if pool.pin_survivors:
@@ -88,7 +90,7 @@ class PoolPolicy:
             if leaf.signal == "random":
                 seed = int(leaf.args.get("seed", 0))
                 position = clocks.position[:, None].long().expand_as(unit)
-                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, state.layer, heads, position)))
+                stale.append((f"{pool.name}.drawn.{leaf.number}", drawn(seed, state.layer, state.kv_heads, position)))
             for name, fresh in stale:
                 tensor = state.tensors[name]
                 if not isinstance(fresh, Tensor):

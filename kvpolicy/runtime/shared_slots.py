@@ -49,9 +49,9 @@ def pack_shared(old: LayerState, source: PoolPlan, new: LayerState, target: Pool
     new.tensors[f"{target.name}.position"][:, :width] = position
     new.tensors[f"{target.name}.owner"][:, :width] = torch.where(position >= 0, owner, -1).to(torch.int32)
     for name in _kept_about_units(new, target):
-        index = slot if name == "ordinal" else unit
         room = new.tensors[f"{target.name}.{name}"]
-        room[:, : index.shape[1]] = old.by_head(source, name)[old.rows, owner if name == "ordinal" else head, index]
+        index, whose = (slot, owner) if room.shape[1] == target.capacity else (unit, head)
+        room[:, : index.shape[1]] = old.by_head(source, name)[old.rows, whose, index]
 
 
 def unpack_shared(old: LayerState, source: PoolPlan, wide: LayerState, target: PoolPlan) -> None:
@@ -66,7 +66,7 @@ def unpack_shared(old: LayerState, source: PoolPlan, wide: LayerState, target: P
         wide.tensors[name][at] = old.tensors[f"{source.name}.{name}"][row[:, None], slot]
     for name in _kept_about_units(old, source):
         kept, room = old.tensors[f"{source.name}.{name}"], wide.tensors[f"{source.name}.{name}"]
-        if name == "ordinal":
+        if kept.shape[1] == source.capacity:
             room[row[:, None], head[:, None], to_slot] = kept[row[:, None], slot]
         else:
             room[row, head, to] = kept[row, unit]

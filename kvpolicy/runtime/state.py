@@ -32,6 +32,8 @@ class LayerState:
         self.rows = torch.arange(rows, device=device)[:, None]
         self.heads = torch.arange(heads, device=device)[None, :]
         self.layer = torch.tensor(plan.index, device=device)
+        members = torch.tensor(plan.members, device=device) if plan.members else self.heads[0]
+        self.kv_heads = members[None, :]  # their numbers in the model, where ``heads`` are those among the slots
         self.clear()
 
     def clear(self) -> None:

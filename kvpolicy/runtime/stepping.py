@@ -36,7 +36,7 @@ class Stepper:
 
     Attributes:
         tokens [B, 1]: what the next step is fed; after `advance`, what it chose.
-        positions [B, 1]: the place of those tokens in their rows' text.
+        positions [B, 1]: the place of those tokens in their rows' text; [axes, B, 1] for a model that has several.
         unfinished [B] int64, alive [] bool: rows that have not ended, and whether there is one.
     """
 
@@ -66,6 +66,10 @@ class Stepper:
         """What comes next: tokens [B, 1], at positions [B, 1], in rows that are `unfinished` [B]; by default columns
         are positions, and no row has ended."""
         self.tokens.copy_(tokens)
+        if positions is not None and positions.shape != self.positions.shape:
+            self.close()
+            with torch.inference_mode(False):
+                self.positions = torch.zeros(positions.shape, dtype=torch.int64, device=self.cache.device)
         if positions is None:
             self.positions.fill_(self.cache.get_seq_length())
         else:

@@ -7,6 +7,7 @@ packed into the layer's own slots. Prompt passes are eager: shapes here follow t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kvpolicy.plan import ModelGeometry, PoolPlan
 from kvpolicy.plan.buffers import layer_buffers
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import Clocks, Places, StreamClock
 from kvpolicy.runtime.packing import carry
 from kvpolicy.runtime.pool import PoolPolicy
 from kvpolicy.runtime.state import LayerState
@@ -30,7 +31,7 @@ class Turn:
         held = {pool.name: state.resident_units(pool).sum(-1) for pool in state.plan.shared}
         self.base = {pool.name: 0 if empty else pool.units for pool in state.plan.pools}
         self.base |= {name: int(count.max()) for name, count in held.items()}  # units of the fullest head
-        self.tokens = 0  # columns of the workspace that the turn may have filled so far
+        self.begun = False
         self.state = state
         self.newest = {
             pool.name: held[pool.name] - 1
@@ -41,14 +42,14 @@ class Turn:
             for pool in state.plan.pools
         }
 
-    def widen(self, columns: int, policies: dict[str, PoolPolicy], clocks: Clocks) -> None:
-        """Make room for ``columns`` more tokens in the pool that admits the prompt; what is clocked starts now."""
-        old, first = self.state, self.tokens == 0
-        self.tokens += columns
+    def widen(self, policies: dict[str, PoolPolicy], clocks: Clocks) -> None:
+        """Make room for the tokens of one more pass in the pools that admit them; what is clocked starts now."""
+        old, first = self.state, not self.begun
+        self.begun = True
         pools: list[PoolPlan] = []
         offset = 0
         for pool in old.plan.pools:
-            units = self.base[pool.name] + (-(-self.tokens // pool.page) if "prompt" in pool.admits else 0)
+            units = self.base[pool.name] + -(-clocks.streams[pool.stream].turn_room // pool.page)
             pools.append(replace(pool, capacity=max(1, units) * pool.page, offset=offset, shared=False))
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
@@ -68,32 +69,50 @@ class Turn:
         key: Tensor,
         value: Tensor,
         position: Tensor,
-        place: Tensor,
+        places: Places,
+        traits: Mapping[str, Tensor],
         clocks: Clocks,
         policies: dict[str, PoolPolicy],
     ) -> None:
-        """Write a pass's tokens: key and value [B, K, N, D], position [B, N] (-1 for padding), ``place`` [B, N] their
-        number within the turn."""
+        """Write a pass's tokens, each into the pool that admits it.
+
+        key and value [B, K, N, D], position [B, N] (-1 for padding), by stream their ``places`` [B, N] within the turn
+        (-1 elsewhere), and which have the ``traits`` that the policy asks for [B, N].
+        """
         state = self.state
-        pool = next(pool for pool in state.plan.pools if "prompt" in pool.admits)
-        base = self.base[pool.name]
-        row, column = (position >= 0).nonzero(as_tuple=True)
-        inside = base * pool.page + place[row, column]
+        for pool in state.plan.pools:
+            newest, clock = self.newest[pool.name], clocks.streams[pool.stream]
+            place = places[pool.stream]
+            if place is not None:
+                self._write(pool, key, value, position, place, traits, clock)
+                self._enter(policies[pool.name], pool)
+                last = self.base[pool.name] + -(-clock.turn_tokens // pool.page) - 1
+                newest = torch.where(clock.turn_tokens[:, None] > 0, last[:, None], newest)
+            state.lay_ring(pool, newest + 1, clock.opened)
+
+    def _write(
+        self,
+        pool: PoolPlan,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        place: Tensor,
+        traits: Mapping[str, Tensor],
+        clock: StreamClock,
+    ) -> None:
+        """The tokens of one pool: those that have a ``place`` [B, N]."""
+        state = self.state
+        row, column = (place >= 0).nonzero(as_tuple=True)
+        inside = self.base[pool.name] * pool.page + place[row, column]
         slot = pool.offset + inside
         state.keys[row, :, slot] = key[row, :, column]
         state.values[row, :, slot] = value[row, :, column]
         state.position[row, :, slot] = position[row, column].to(torch.int32)[:, None]
-        clock = clocks.streams[pool.stream]
+        if f"{pool.name}.special" in state.tensors:
+            state.tensors[f"{pool.name}.special"][row, :, inside] = traits["special"][row, column][:, None]
         if pool.needs_ordinals:
-            ordinal = clock.seen[row] - clocks.turn_tokens[row] + place[row, column]
+            ordinal = clock.seen[row] - clock.turn_tokens[row] + place[row, column]
             state.tensors[f"{pool.name}.ordinal"][row, :, inside] = ordinal.to(torch.int32)[:, None]
-        self._enter(policies[pool.name], pool)
-        for other in state.plan.pools:
-            newest = self.newest[other.name]
-            if other is pool:
-                last = base + -(-clocks.turn_tokens // pool.page) - 1
-                newest = torch.where(clocks.turn_tokens[:, None] > 0, last[:, None], newest)
-            state.lay_ring(other, newest + 1, clocks.streams[other.stream].opened)
 
     def _enter(self, policy: PoolPolicy, pool: PoolPlan) -> None:
         """Draw what is drawn at entry; take the bounds of pages from their keys."""
@@ -103,7 +122,7 @@ class Turn:
                 number = state.tensors[f"{pool.name}.drawn.{leaf.number}"]
                 places = state.unit_position(pool).long()
                 seed = int(leaf.args.get("seed", 0))
-                number.copy_(drawn(seed, state.layer, state.heads[..., None], places))
+                number.copy_(drawn(seed, state.layer, state.kv_heads[..., None], places))
         if f"{pool.name}.high" in state.tensors:
             keys = state.keys[:, :, state.span(pool)].unflatten(2, (pool.units, pool.page))
             resident = (state.pool_positions(pool) >= 0)[..., None]

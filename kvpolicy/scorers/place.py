@@ -26,7 +26,7 @@ def random(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     if pool.name == leaf.pool and stored is not None:
         return stored
     place = state.unit_position(pool).long()
-    return drawn(int(leaf.args.get("seed", 0)), state.layer, state.heads[..., None], place)
+    return drawn(int(leaf.args.get("seed", 0)), state.layer, state.kv_heads[..., None], place)
 
 
 def drawn(seed: int, layer: Tensor, heads: Tensor, position: Tensor) -> Tensor:

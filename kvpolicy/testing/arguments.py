@@ -11,7 +11,7 @@ from typing import Any
 from kvpolicy.language.base import Complaint
 from kvpolicy.language.nodes import shown
 from kvpolicy.language.vocabulary import nearest
-from kvpolicy.testing.tokens import numbers, whole
+from kvpolicy.testing.tokens import numbers, read_tokens, whole
 from kvpolicy.testing.turns import read_turns
 
 IMPLIED = ("scene", "against")
@@ -27,6 +27,9 @@ Share = float
 
 Numbers = tuple[int, ...]
 """One whole number or a list of them."""
+
+Places = tuple[int, ...]
+"""`3`, `0..3`, or a list of these: positions anywhere, or numbers of layers, heads or rows."""
 
 
 def real(value: Any) -> float:
@@ -49,7 +52,19 @@ def share(value: Any) -> float:
     return float(value)
 
 
-READERS: Mapping[str, Reader] = {"int": whole, "float": real, "Numbers": numbers, "Share": share, "Turns": read_turns}
+def places(value: Any) -> Places:
+    """Raises Complaint."""
+    return read_tokens(value, 10**6)
+
+
+READERS: Mapping[str, Reader] = {
+    "int": whole,
+    "float": real,
+    "Numbers": numbers,
+    "Places": places,
+    "Share": share,
+    "Turns": read_turns,
+}
 """By annotation."""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from kvpolicy.plan import ModelGeometry
-from kvpolicy.testing.turns import Turn
+from kvpolicy.testing.turns import Turn, of_prompts
 
 Array = np.ndarray
 
@@ -19,7 +20,8 @@ class Attention:
     queries [L, Q, T, D], keys [L, K, T, D] and values [L, K, T, D] of L layers, float32, in order of position: a row's
     prompt, then ``steps`` generated tokens, interrupted by later ``turns``. Prompts come in passes of at most ``chunk``
     columns (0: each in one). Times ``scale``, queries times keys are the wanted logits.
-    ``scaling`` is what a recorded model multiplies them with; None is D ** -0.5.
+    ``scaling`` is what a recorded model multiplies them with; None is D ** -0.5. ``special`` and ``images`` are
+    positions: the prompt tokens of every row that lie there are special, or an image's.
     """
 
     prompts: tuple[int, ...]
@@ -30,6 +32,8 @@ class Attention:
     scaling: float | None = None
     turns: tuple[Turn, ...] = ()
     chunk: int = 0
+    special: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -50,6 +54,17 @@ class Attention:
         """Prompt tokens by row, over all turns."""
         brought = [self.prompts, *(turn.rows(self.rows) for turn in self.turns)]
         return tuple(sum(tokens) for tokens in zip(*brought, strict=True))
+
+    @cached_property
+    def kinds(self) -> tuple[dict[str, Array], ...]:
+        """By row: which of its tokens [T] are of the kinds "prompt", "generated", "special" and "image"."""
+        return tuple(self._kinds(row) for row in range(self.rows))
+
+    def _kinds(self, row: int) -> dict[str, Array]:
+        prompts = of_prompts(row, self.prompts, self.turns, self.steps)
+        places = np.arange(len(prompts))
+        special, image = np.isin(places, self.special), np.isin(places, self.images)
+        return {"prompt": prompts, "generated": ~prompts, "special": prompts & special, "image": prompts & image}
 
     @property
     def geometry(self) -> ModelGeometry:

@@ -73,6 +73,11 @@ def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:
         said_so_far = [at + steps for at in said_so_far]
 
 
+def said_of(said: Attention, now: Pass, kind: str) -> list[np.ndarray]:
+    """By row: which tokens of a pass are of a kind [N] bool."""
+    return [row[kind][span] for row, span in zip(said.kinds, now.rows, strict=True)]
+
+
 class OracleAlone:
     """The oracle; where positions are compact it leaves keys as they are, for synthetic ones carry no rotation.
 
@@ -88,13 +93,23 @@ class OracleAlone:
         self.oracle = Oracle(plan, rows=plan.batch, rotate=rotate)
 
     def feed(self, said: Attention, now: Pass) -> list[Step]:
+        special = [row.tolist() for row in said_of(said, now, "special")]
+        modality = [["image" if here else None for here in row] for row in said_of(said, now, "image")]
         steps = []
         for layer in self.layers:
             given = (
                 [row[layer][:, span] for row, span in zip(rows, now.rows, strict=True)]
                 for rows in (said.queries, said.keys, said.values)
             )
-            steps += self.oracle.step(layer, *given, kind=now.kind, more=now.more, scaling=said.scaling)
+            steps += self.oracle.step(
+                layer,
+                *given,
+                kind=now.kind,
+                more=now.more,
+                special=special,
+                modality=modality,
+                scaling=said.scaling,
+            )
         return steps
 
 
@@ -126,9 +141,15 @@ class RuntimeBeside:
             parts = [row[layer][:, span] for row, span in zip(rows, now.rows, strict=True)]
             return torch.from_numpy(np.stack([np.pad(p, ((0, 0), (columns - p.shape[1], 0), (0, 0))) for p in parts]))
 
+        def flagged(kind: str) -> torch.Tensor:
+            """[B, columns] bool."""
+            flags = [np.pad(row, (columns - len(row), 0)) for row in said_of(said, now, kind)]
+            return torch.from_numpy(np.stack(flags))
+
+        flags = {"special": flagged("special"), "modality": flagged("image")} if said.special or said.images else {}
         valid = torch.arange(columns) >= columns - torch.tensor(lengths)[:, None]
         layers = [
             (padded(said.queries, layer), padded(said.keys, layer), padded(said.values, layer))
             for layer in range(said.geometry.layers)
         ]
-        return self.beside.feed(layers, valid, kind=now.kind, more=now.more, scaling=said.scaling)
+        return self.beside.feed(layers, valid, kind=now.kind, more=now.more, scaling=said.scaling, **flags)

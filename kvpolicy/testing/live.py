@@ -44,23 +44,24 @@ class LiveAgreement:
             witness.layer.forward = witness
 
     @torch.no_grad()
-    def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None) -> Tensor:
+    def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None, **inputs: Any) -> Tensor:
         """One pass of the model over ``ids`` [B, N], compared in ``layers`` (all by default); returns the logits.
 
         Args:
             mask: [B, columns seen + N], 0 for padding, as the model takes it.
+            inputs: further inputs of the model.
 
         Raises:
             Disagreement: the first layer, row and head where the runtime kept otherwise.
         """
         columns, first = ids.shape[1], self.cache.get_seq_length() == 0
-        positions = None
         if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
-        logits = self.model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
-        ).logits
+            inputs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:])
+        logits = self.model(ids, attention_mask=mask, past_key_values=self.cache, logits_to_keep=1, **inputs).logits
         valid = None if mask is None or columns == 1 else mask[:, -columns:].bool()
+        traits = self.cache.moment.traits if columns > 1 or first else {}
+        image = traits.get("image")
+        modality = None if image is None else [["image" if here else None for here in row] for row in image]
         for number in range(len(self.witnesses)) if layers is None else layers:
             seen = self.witnesses[number].seen
             assert seen is not None
@@ -73,6 +74,8 @@ class LiveAgreement:
                 self.cache.positions(number),
                 valid=valid,
                 kind="generated" if columns == 1 and not first else "prompt",
+                special=traits.get("special"),
+                modality=modality,
                 scaling=self.witnesses[number].scaling,
                 output=output,
                 memory=memories(self.cache, number),

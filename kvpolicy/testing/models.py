@@ -5,17 +5,57 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+OWN: dict[str, dict[str, Any]] = {
+    "llava": {
+        "decoder": {"model_type": "llama"},
+        "vision_config": {  # one token of 4 x 4 pixels, four to a picture
+            "model_type": "clip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "image_token_id": 94,
+    },
+    "mistral": {"decoder": {"sliding_window": None}},
+    "qwen2_5_vl": {
+        # Of the 4 pairs of channels of a head, 2 are turned by time, 1 by height, 1 by width.
+        "decoder": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+        "vision_config": {  # one token of 4 x 4 pixels
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": 2,
+            "temporal_patch_size": 1,
+            "spatial_merge_size": 2,
+            "window_size": 8,
+            "fullatt_block_indexes": [0],
+            "out_hidden_size": 32,
+            "initializer_range": 0.3,
+        },
+        "image_token_id": 94,
+        "video_token_id": 93,
+        "vision_start_token_id": 95,
+        "vision_end_token_id": 96,
+    },
+}
+"""What a family's config must say beside the numbers that all have."""
 
 
 def random_model(
     model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Any:
-    """A causal language model of a family, small enough for a test, in eval mode.
+    """A language model of a family, one that sees where the family does, small enough for a test, in eval mode.
 
     Args:
         model_type: as transformers names it: "llama", "qwen3".
-        changes: config values other than the small ones chosen here (3 layers, 4 query heads on 2 KV heads of size 8).
+        changes: values of the decoder's config other than the small ones chosen here (3 layers, 4 query heads on 2 KV
+            heads of size 8).
     """
     small = {
         "vocab_size": 97,
@@ -31,9 +71,13 @@ def random_model(
         "eos_token_id": None,
         "initializer_range": 0.3,  # attention that is far from uniform, so that what is evicted shows
     }
-    if model_type == "mistral":
-        small["sliding_window"] = None
+    own = OWN.get(model_type, {})
+    shape = {**small, **own.get("decoder", {}), **changes}
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**small, **changes})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    if "vision_config" in own:
+        beside = {key: value for key, value in own.items() if key != "decoder"}
+        config = AutoConfig.for_model(model_type, text_config=shape, **beside)
+        seeing: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+        return seeing.to(dtype).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
     return model.to(dtype).eval()

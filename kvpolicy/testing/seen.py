@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvpolicy.language import Quantity
 from kvpolicy.oracle import Step
 from kvpolicy.plan import Plan, PoolPlan
@@ -66,9 +68,15 @@ class Seen:
 
     def admitted(self, pool: str | None = None) -> list[int]:
         """Positions ever admitted, ascending."""
-        kinds = frozenset().union(*(at.admits for name, at in self.plans.items() if pool in (None, name)))
-        first = 0 if "prompt" in kinds else self.step.prompt_len
-        return list(range(first, self.newest + 1 if "generated" in kinds else self.step.prompt_len))
+        said = {kind: here[: self.newest + 1] for kind, here in self.full.said.kinds[self.step.row].items()}
+        admitted = np.zeros(self.newest + 1, dtype=bool)
+        for name, at in self.plans.items():
+            if pool in (None, name):
+                mine = np.logical_or.reduce([said[kind] for kind in at.admits], initial=False)
+                for trait in at.above:
+                    mine = mine & ~said[trait]
+                admitted |= mine
+        return [int(place) for place in np.flatnonzero(admitted)]
 
     def updated(self, pool: str | None = None) -> bool:
         """Whether a pool that has a budget was updated."""

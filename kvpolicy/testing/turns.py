@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvpolicy.language.base import Complaint
 from kvpolicy.language.nodes import shown
 from kvpolicy.testing.tokens import numbers, whole
@@ -24,6 +26,14 @@ class Turn:
 
 
 Turns = tuple[Turn, ...]
+
+
+def of_prompts(row: int, prompts: tuple[int, ...], turns: Turns, steps: int) -> np.ndarray:
+    """Which tokens [T] of a row are of its first prompt or of a later turn's; the others are generated."""
+    brought = [prompts[row], *(turn.rows(len(prompts))[row] for turn in turns)]
+    pauses = [turn.after for turn in turns]
+    counts = zip(brought, [*pauses, steps - sum(pauses)], strict=True)
+    return np.concatenate([np.repeat([True, False], pair) for pair in counts])
 
 
 def read_turns(value: Any) -> Turns:

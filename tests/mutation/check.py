@@ -38,6 +38,20 @@ SHIPPED = {
     "ada-kv": {"budget": 8, "window": 1, "kernel": 1},
 }
 SAID = {"pattern": "uniform", "noise": 2.0, "prompt": [11, 4], "steps": 20, "layers": 2, "heads": 4, "kv_heads": 2}
+FLAGGED = """
+kvpolicy: 1
+name: flagged
+pools:
+  marks: {admit: {tokens: special}, page: 4}
+  images: {admit: {modality: image}, page: 2, budget: 4, scorer: {signal: attention, queries: all}, update: prompt-end}
+  rest:
+    admit: all
+    page: 4
+    budget: 8
+    pinned: {tokens: special}
+    scorer: {signal: page-bound, hit: {top: 50%}, memory: last-hit}
+"""
+FLAGS = {"special": [0, 6], "images": ["1..3", 9]}
 
 
 class Result(NamedTuple):
@@ -74,7 +88,7 @@ def changed_source(mutant: Mutant, source: str) -> str:
 
 
 def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, policy and text: shipped policies, what the search once found, then random ones."""
+    """Name, policy and text: shipped policies, flagged tokens, what the search once found, then random ones."""
     from kvpolicy.language import load_policy
     from kvpolicy.testing.shrinking import Choices
     from kvpolicy.testing.strategies.policies import draw_policy
@@ -82,6 +96,7 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     for name, params in SHIPPED.items():
         yield name, load_policy(name, params).to_yaml(), SAID
+    yield "flagged", FLAGGED, {**SAID, **FLAGS}
     for path in sorted(FOUND.glob("*.yaml")):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         for test in document.pop("tests"):

@@ -316,14 +316,38 @@ MUTANTS = (
     Mutant(
         "the newest page of a prompt takes one token more",
         R + "clocks",
-        "torch.where(turn_tokens > 0, (turn_tokens - 1) % page + 1, self.fill)",
-        "torch.where(turn_tokens > 0, (turn_tokens - 1) % page, self.fill)",
+        "torch.where(self.turn_tokens > 0, (self.turn_tokens - 1) % page + 1, self.fill)",
+        "torch.where(self.turn_tokens > 0, (self.turn_tokens - 1) % page, self.fill)",
     ),
     Mutant(
         "a later turn's tokens are counted twice in their pool's order",
         R + "turn",
-        "ordinal = clock.seen[row] - clocks.turn_tokens[row] + place[row, column]",
+        "ordinal = clock.seen[row] - clock.turn_tokens[row] + place[row, column]",
         "ordinal = clock.seen[row] + place[row, column]",
+    ),
+    Mutant(
+        "what a pool above has taken enters the next one as well",
+        R + "clocks",
+        "        mine = mine & ~traits[trait]\n",
+        "        pass\n",
+    ),
+    Mutant(
+        "the host believes that all of a turn went to every pool",
+        R + "clocks",
+        "own = self.turn_tokens.tolist() if self.stream.traits else lengths",
+        "own = lengths",
+    ),
+    Mutant(
+        "a page with a special token is dropped like any other",
+        R + "pool",
+        '~state.tensors[f"{pool.name}.special"])',
+        'torch.ones_like(state.tensors[f"{pool.name}.special"]))',
+    ),
+    Mutant(
+        "which tokens of a page are special is forgotten when a turn is packed",
+        R + "packing",
+        'BY_TOKEN = (".ordinal", ".special")',
+        'BY_TOKEN = (".ordinal",)',
     ),
     Mutant(
         "memory is lost when a turn is packed",

@@ -28,9 +28,23 @@ def test_pools_are_read_top_down() -> None:
         rest: {admit: generated, budget: 1}
     """)
     run.tokens(4, special=[0, 1, 0, 1], modality=[None, "image", "image", None])
-    run.say(special=[1])
     step = run.say()
-    assert [kept(step, pool) for pool in ("marked", "pictures", "prompt", "rest")] == [[1, 3, 4], [2], [0], [5]]
+    assert [kept(step, pool) for pool in ("marked", "pictures", "prompt", "rest")] == [[1, 3], [2], [0], [4]]
+
+
+def test_a_generated_token_is_neither_special_nor_an_image() -> None:
+    run = Picture("""
+        marked: {admit: {tokens: special}}
+        pictures: {admit: {modality: image}}
+        rest: {admit: all, budget: 2, pinned: {tokens: special}}
+    """)
+    run.tokens(1)
+    for _ in range(2):
+        step = run.say(special=[1], modality=["image"])
+    assert [kept(step, pool) for pool in ("marked", "pictures", "rest")] == [[], [], [1, 2]]
+    run.tokens(2, special=[1, 0], modality=["image", "image"])
+    step = run.say()
+    assert [kept(step, pool) for pool in ("marked", "pictures", "rest")] == [[3], [4], [2, 5]]
 
 
 def test_a_token_that_no_pool_admits_is_an_error() -> None:
@@ -97,9 +111,7 @@ def test_window_is_counted_in_its_own_pool() -> None:
         marked: {admit: {tokens: special}}
         rest: {admit: all, budget: 2, window: 2, scorer: {signal: recency, weight: -1}}
     """)
-    run.tokens(3)
-    run.say(special=[1])
-    step = run.say(special=[1])
+    step = run.tokens(5, special=[0, 0, 0, 1, 1])
     assert kept(step, "rest") == [1, 2] and kept(step, "marked") == [3, 4]
 
 

@@ -7,6 +7,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -14,11 +16,21 @@ from transformers import (
 )
 
 from kvpolicy.language import loads_policy
+from kvpolicy.testing.models import OWN
+
+
+def qwen2_5_vl_config(**text):
+    """The shape of the others' decoders, behind a small vision tower."""
+    own = dict(OWN["qwen2_5_vl"])
+    whole = {name: text.pop(name) for name in ("attn_implementation",) if name in text}
+    return Qwen2_5_VLConfig(text_config={**text, **own.pop("decoder")}, **own, **whole)
+
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2_5_vl": (qwen2_5_vl_config, Qwen2_5_VLForConditionalGeneration, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
 }
 

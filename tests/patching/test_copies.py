@@ -79,12 +79,12 @@ def test_saved_with_its_policy_and_loaded_with_it(build, family, policies, promp
     assert {"format", "name", "digest", "yaml"} == set(saved)
     assert (saved["format"], saved["name"], saved["digest"]) == (1, "scored", policies["scored"].digest)
 
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
     assert plain.config._attn_implementation == "sdpa"
     dense = plain.generate(prompt, **greedy)
     assert not torch.equal(dense, expected)
 
-    both = from_pretrained(tmp_path)
+    both = from_pretrained(tmp_path, model_class=type(model))
     assert patch_of(both).policy == policies["scored"]
     assert torch.equal(both.generate(prompt, **greedy), expected)
     assert both.config.kv_policy == saved

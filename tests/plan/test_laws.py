@@ -108,6 +108,12 @@ def test_layers_that_differ_are_told_apart() -> None:
     assert (most.where, str(most), first.where, str(first)) == ("layers 2..31", "O(B)", "layers 0..1", "O(P + N)")
 
 
+def test_shares_that_move_from_layer_to_layer_are_told_for_all_layers() -> None:
+    parts = laws(loads_policy("kvpolicy: 1\nname: one\npools: {all: {admit: all, budget: prompt_len // (layer + 1)}}"))
+    assert [part.where for part in parts] == [f"layer {layer}" for layer in range(32)]
+    assert [part.memory.prompt for part in parts[:4]] == [1, Fraction(1, 2), Fraction(1, 3), Fraction(1, 4)]
+
+
 def test_heads_that_differ_are_told_apart() -> None:
     text = "kvpolicy: 1\nname: one\npools: {all: {admit: all, budget: 64}}\noverrides: [{heads: [[3, 0]], dense: true}]"
     most, one = laws(loads_policy(text))

@@ -118,7 +118,7 @@ class PolicyArm(Arm):
 
     def fill(self) -> None:
         """Fill every empty slot. The clocks do not know of it, so that a policy sees no more tokens than it did."""
-        for layer in self.cache.layers:
+        for layer in self.cache.parts():
             state = layer.state
             empty = state.position < 0
             shape = state.keys.shape

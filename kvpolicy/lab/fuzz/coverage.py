@@ -28,6 +28,9 @@ OF_FILES = {"tests"}
 """Top-level keys that say nothing about what a policy does."""
 
 
+EXTRAS = ("chunk", "turns", "seen_by", "special", "images")
+"""Arguments of a text that it need not have."""
+
 EXPRESSIONS = {*LEVEL, "neg", *FUNCTIONS, *POOL_FUNCTIONS, *BUILTIN_NAMES}
 
 
@@ -36,7 +39,7 @@ def every_feature() -> set[str]:
     found = set(_of_model(Policy, set())) | set(_pairs())
     found |= {f"expression: {word}" for word in EXPRESSIONS}
     found |= {f"text: pattern {name}" for name in PATTERNS if drawable(name)}
-    found |= {f"text: {what}" for what in ("chunk", "turns", "padded rows", "a row without a prompt", "seen_by")}
+    found |= {f"text: {what}" for what in (*EXTRAS, "padded rows", "a row without a prompt")}
     return found | {
         f"text: {n} {what}" for what in ("rows", "layers", "kv_heads", "query heads a KV head") for n in (1, 2)
     }
@@ -167,7 +170,7 @@ def _of_text(text: Mapping[str, Any]) -> Iterator[str]:
     yield f"text: {text['layers']} layers"
     yield f"text: {text['kv_heads']} kv_heads"
     yield f"text: {text['heads'] // text['kv_heads']} query heads a KV head"
-    yield from (f"text: {key}" for key in ("chunk", "turns", "seen_by") if key in text)
+    yield from (f"text: {key}" for key in EXTRAS if key in text)
     if len(set(prompts)) > 1:
         yield "text: padded rows"
     if 0 in prompts:

@@ -33,7 +33,8 @@ def synthesize(arguments: Mapping[str, Any], against: Against = None) -> Attenti
             one number a row), ``steps`` (64 generated tokens), ``layers`` (2), ``heads`` (4 query heads), ``kv_heads``
             (2), ``head_dim`` (enough), ``rows`` (1), ``seed`` (0), ``noise`` (0.25: the standard deviation of what is
             added to each logit), ``seen_by`` (the query heads that see the pattern; all), ``turns`` (later prompts,
-            see ``turns.py``; none), ``chunk`` (prompts come in passes of at most so many columns; 0: each in one).
+            see ``turns.py``; none), ``chunk`` (prompts come in passes of at most so many columns; 0: each in one),
+            ``special`` and ``images`` (positions; what of a prompt lies there is special, or an image's; none).
         against: gives the plan of the policy that `adversarial` works against.
 
     Raises:
@@ -58,6 +59,8 @@ def synthesize(arguments: Mapping[str, Any], against: Against = None) -> Attenti
         values=tuple(np.stack([layer.values for layer in row]) for row in made),
         turns=shape.turns,
         chunk=shape.chunk,
+        special=shape.special,
+        images=shape.images,
     )
     if any(scene.late for row in rows for scene in row):
         provoke(said, rows, shape.sees, against)

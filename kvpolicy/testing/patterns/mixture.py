@@ -11,21 +11,18 @@ import numpy as np
 from kvpolicy.language.base import Complaint
 from kvpolicy.language.nodes import shown
 from kvpolicy.language.vocabulary import nearest
-from kvpolicy.testing.arguments import READERS, known, read_arguments, within
+from kvpolicy.testing.arguments import READERS, Places, known, read_arguments, within
 from kvpolicy.testing.patterns.generators import PATTERNS, pattern
 from kvpolicy.testing.patterns.scene import Array, Scene
 from kvpolicy.testing.patterns.shape import Shape
 from kvpolicy.testing.tokens import read_tokens
-
-Places = tuple[int, ...]
-"""Numbers of layers, heads or rows: `3`, `0..3`, or a list of these; none: all."""
 
 
 @dataclass(frozen=True)
 class Where:
     """Which queries a part is about: those at the positions ``from`` to ``until``, of these layers, heads and rows.
 
-    ``heads`` are query heads; ``kv_heads`` names all query heads of a KV head at once.
+    ``heads`` are query heads; ``kv_heads`` names all query heads of a KV head at once. None named: all.
     """
 
     layers: Places = ()
@@ -137,6 +134,6 @@ def _read_part(item: Mapping[str, Any], shape: Shape, against: Any) -> Part:
         written = item.get("where", {})
         if not isinstance(written, Mapping):
             raise Complaint("`where` is a mapping", "as in `where: {layers: 0..1, from: 40}`")
-        where = Where(**read_arguments(Where, written, {**READERS, "Places": lambda at: read_tokens(at, 10**6)}))
+        where = Where(**read_arguments(Where, written, READERS))
         where.check(shape)
     return Part(draw, given, where, shape.heads // shape.kv_heads)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvpolicy.language.base import Complaint
-from kvpolicy.testing.arguments import Numbers
+from kvpolicy.testing.arguments import Numbers, Places
 from kvpolicy.testing.patterns.scene import Scene
-from kvpolicy.testing.turns import Turns, check_turns
+from kvpolicy.testing.turns import Turns, check_turns, of_prompts
 
 MOST = 2**27
 """Numbers in the queries of one row; more is a slip of the pen."""
@@ -31,6 +31,8 @@ class Shape:
     seen_by: Numbers = ()
     turns: Turns = ()
     chunk: int = 0
+    special: Places = ()
+    images: Places = ()
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "kv_heads", "rows"):
@@ -47,11 +49,24 @@ class Shape:
             raise Complaint(f"query heads are 0..{self.heads - 1}", path=("seen_by",))
         self.check_size(16)
         check_turns(self.turns, len(self.prompts), self.steps)
+        for name in ("special", "images"):
+            self._check_flags(name, getattr(self, name))
 
     def check_size(self, head_dim: int) -> None:
         """Raise Complaint where heads of this size make more text than a test can hold."""
         if self.layers * self.heads * (max(self.prompts) + self.steps) * head_dim > MOST:
             raise Complaint("more text than a test can hold", "use fewer `steps`", ("steps",))
+
+    def _check_flags(self, name: str, places: Places) -> None:
+        """Raise Complaint where a position is of no row's prompt."""
+        rows = [
+            set(np.flatnonzero(of_prompts(row, self.prompts, self.turns, self.steps)))
+            for row in range(len(self.prompts))
+        ]
+        for place in places:
+            if not any(place in row for row in rows):
+                hint = "a generated token is generated and nothing else"
+                raise Complaint(f"position {place} is in no row's prompt", hint, (name,))
 
     @property
     def prompts(self) -> tuple[int, ...]:

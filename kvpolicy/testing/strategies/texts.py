@@ -32,6 +32,9 @@ def draw_text(source: Source, *, longest: int = 24) -> Text:
             brought = [pen.number(0, 7) for _ in range(rows - 1)]
             turns.append({"after": after, "prompt": [1 + pen.number(0, 6), *brought] if rows > 1 else pen.number(1, 7)})
         text["turns"] = turns
+    for flag in ("special", "images"):
+        if pen.chance(4) and max(prompts) > 0:
+            text[flag] = sorted({pen.number(0, max(prompts) - 1) for _ in range(pen.number(1, max(prompts)))})
     text |= pattern(pen, min(prompts) + steps, kv_heads * group)
     text["seed"] = pen.number(0, 2**16)
     return text

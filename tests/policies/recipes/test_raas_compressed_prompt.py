@@ -36,10 +36,9 @@ def recipe(layer: Layer) -> Iterator[list[Head]]:
                 pages.append([])
                 stamp[newest] = step
             pages[-1].append(newest)
-            everything = prompt + pages
-            for used in top(math.ceil(len(everything) / 2), bounds(layer, head, newest, everything)):
+            for used in top(math.ceil(len(pages) / 2), bounds(layer, head, newest, pages)):
                 stamp[used] = step
-            if len(everything) > BUDGET // PAGE:
+            if len(prompt) + len(pages) > BUDGET // PAGE:
                 pages.remove(min(pages[:-1], key=lambda page: (stamp[page[0]], page[0])))
         yield [
             Head({token for page in prompt + pages for token in page})

@@ -1,0 +1,92 @@
+"""A layer whose KV heads have policies of their own: each group of heads with equal pools has its own slots.
+
+So a head that keeps a window takes a window's memory, whatever its neighbour keeps (DuoAttention, arXiv:2410.10819).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy.errors import CacheError
+from kvpolicy.plan import LayerPlan, ModelGeometry
+from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.layer import Moment, PolicyLayer
+
+
+class SplitLayer(CacheLayerMixin):
+    """Groups of heads, each a layer of its own; ``forward`` is that of ``PolicyLayer``, over all heads."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(
+        self, plan: LayerPlan, geometry: ModelGeometry, clocks: Clocks, moment: Moment, device: Any, backend: str
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.clocks = clocks
+        self.moment = moment
+        self.backend = backend
+        self.device = torch.device(device)
+        self.is_initialized = True
+        self.parts = [
+            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend)
+            for group in plan.groups
+        ]
+        self.kv_heads = [torch.tensor(group.members, device=self.device) for group in plan.groups]
+        group = torch.arange(geometry.group, device=self.device)
+        self.query_heads = [(heads[:, None] * geometry.group + group).flatten() for heads in self.kv_heads]
+        self.in_order = torch.cat(self.query_heads).argsort()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention output [B, N, Q, D]; shapes as in ``PolicyLayer.forward``."""
+        outputs = []
+        for part, kv_heads, query_heads in zip(self.parts, self.kv_heads, self.query_heads, strict=True):
+            given = (query.index_select(1, query_heads), key.index_select(1, kv_heads), value.index_select(1, kv_heads))
+            outputs.append(part.forward(*given, scaling))
+        return torch.cat(outputs, dim=2).index_select(2, self.in_order)
+
+    def replan(self, plan: LayerPlan) -> None:
+        """Take new sizes and keep what is resident."""
+        self.plan = plan
+        for part, group in zip(self.parts, plan.groups, strict=True):
+            part.replan(group)
+
+    def positions(self) -> Tensor:
+        """Kept positions by slot [B, K, S], -1 where a slot is empty, or another group has more of them."""
+        held = [part.state.position for part in self.parts]
+        most = max(positions.shape[2] for positions in held)
+        found = held[0].new_full((held[0].shape[0], sum(map(len, self.kv_heads)), most), -1)
+        for heads, positions in zip(self.kv_heads, held, strict=True):
+            found[:, heads, : positions.shape[2]] = positions
+        return found.long()
+
+    def peak(self) -> int:
+        """The most tokens that a generated pass has met in any row and head."""
+        return max(part.peak() for part in self.parts)
+
+    # What transformers asks of a cache layer ------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is lazy: the plan knew every size."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.clocks.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        for part in self.parts:
+            part.reset()
