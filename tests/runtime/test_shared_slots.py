@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import kvpolicy
 from kvpolicy.attention import attend_part, attend_shared
-from kvpolicy.language import loads_policy
+from kvpolicy.language import load_policy, loads_policy
 from kvpolicy.oracle.pools import Pool, share_out
 from kvpolicy.oracle.text import Page
 from kvpolicy.plan import ModelGeometry, Plan, make_plan, unsupported
@@ -18,6 +19,8 @@ from kvpolicy.runtime.across_heads import stay_across_heads
 from kvpolicy.runtime.pool import LAST_KEY, order_keys
 from kvpolicy.testing.beside import Beside
 from kvpolicy.testing.compiled import CompiledRun
+from kvpolicy.testing.live import LiveAgreement
+from kvpolicy.testing.models import random_model
 
 MHA = ModelGeometry("random", layers=2, query_heads=3, kv_heads=3, head_dim=8)
 GQA = ModelGeometry("random", layers=1, query_heads=4, kv_heads=2, head_dim=8)
@@ -162,14 +165,31 @@ def test_a_longer_plan_keeps_what_is_shared() -> None:
     assert beside.cache.stats()["resident"] == 0
 
 
+def test_generate_gives_heads_unlike_numbers_of_places() -> None:
+    """Applied to a model, `generate` says what the model says beside a cache of its own kind, pass by pass."""
+    model = random_model("llama")
+    policy = load_policy("ada-kv", set={"budget": 8, "window": 3, "kernel": 1})
+    ids = torch.randint(2, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    with kvpolicy.applied(model, policy):
+        said = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+        cache = said.past_key_values
+        kept = torch.stack([(cache.positions(layer) >= 0).sum(-1) for layer in range(len(cache.layers))])
+        assert (kept.amax(-1) > kept.amin(-1)).any() and cache.stats()["evicted"] > 0
+        live = LiveAgreement(model, prompt=21, max_new_tokens=12, batch=2)
+        chosen = [live.feed(ids)[:, -1].argmax(-1)]
+        for column in range(21, 32):
+            chosen.append(live.feed(said.sequences[:, column : column + 1])[:, -1].argmax(-1))
+    assert torch.equal(torch.stack(chosen, dim=1), said.sequences[:, 21:])
+
+
 def test_attention_over_shared_slots_is_each_heads_own() -> None:
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(*shape, 8, generator=generator) for shape in ((2, 3, 2), (2, 10), (2, 10)))
     owner = torch.tensor([[0, 0, 0, 0, 2, 2, -1, -1, -1, -1], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2]])
     out, log_sum = attend_shared(query, keys, values, owner, 0.3)
     hidden = owner[:, None] != torch.arange(3)[:, None]
-    each = [tensor[:, None].expand(-1, 3, -1, -1) for tensor in (keys, values)]
-    expected = attend_part(query, *each, hidden, 0.3)
+    each_keys, each_values = (tensor[:, None].expand(-1, 3, -1, -1) for tensor in (keys, values))
+    expected = attend_part(query, each_keys, each_values, hidden, 0.3)
     torch.testing.assert_close((out, log_sum), expected)
     assert log_sum[0, 1].isinf().all() and not out[0, 1].any()
 
