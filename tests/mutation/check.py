@@ -51,6 +51,14 @@ pools:
     pinned: {tokens: special}
     scorer: {signal: page-bound, hit: {top: 50%}, memory: last-hit}
 """
+CHUNKED = """
+kvpolicy: 1
+name: chunked
+prompt_chunk: 8
+positions: compact
+pools:
+  all: {admit: all, page: 3, budget: 'max(6, 18 - prompt_len)', scorer: {signal: attention, queries: {last: 3}}}
+"""
 FLAGS = {"special": [0, 6], "images": ["1..3", 9]}
 
 
@@ -88,7 +96,7 @@ def changed_source(mutant: Mutant, source: str) -> str:
 
 
 def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, policy and text: shipped policies, flagged tokens, what the search once found, then random ones."""
+    """Name, policy and text: shipped policies, flagged tokens, chunks, what the search once found, then random ones."""
     from kvpolicy.language import load_policy
     from kvpolicy.testing.shrinking import Choices
     from kvpolicy.testing.strategies.policies import draw_policy
@@ -97,6 +105,7 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, params in SHIPPED.items():
         yield name, load_policy(name, params).to_yaml(), SAID
     yield "flagged", FLAGGED, {**SAID, **FLAGS}
+    yield "chunked", CHUNKED, SAID
     for path in sorted(FOUND.glob("*.yaml")):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         for test in document.pop("tests"):
