@@ -328,7 +328,7 @@ class PolicyLayer(CacheLayerMixin):
         if moment.first or self.turn is None:
             self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
         self.turn.widen(self.policies, self.clocks)
-        self.turn.admit(key, value, moment.position, moment.places, moment.traits, self.clocks, self.policies)
+        self.turn.admit(key, value, moment.position, moment.places, self.clocks, self.policies)
         wide, sums = self.turn.state, None
         if self.sums_prompt:
             out, sums = self._attend_and_sum(query, wide, scaling)

@@ -14,7 +14,6 @@ from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.state import LayerState
 
 SLOT_BUFFERS = ("keys", "values", "position")
-BY_TOKEN = (".ordinal", ".special")  # a pool's buffers with an entry for every token; the others go by unit
 WINDOW_BUFFERS = ("queries", "query_position")
 
 
@@ -82,7 +81,7 @@ def _move(old: LayerState, source: PoolPlan, new: LayerState, target: PoolPlan, 
         kept, room = old.tensors[name], new.tensors[name]
         if kept.dim() == 2 or name.endswith(".ring"):
             continue
-        index = slots if name.endswith(BY_TOKEN) else units
+        index = slots if name.endswith(".ordinal") else units
         room[:, :, : index.shape[-1]] = kept[old.rows[..., None], old.heads[..., None], index]
 
 

@@ -7,7 +7,6 @@ packed into the layer's own slots. Prompt passes are eager: shapes here follow t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -66,21 +65,20 @@ class Turn:
         value: Tensor,
         position: Tensor,
         places: Places,
-        traits: Mapping[str, Tensor],
         clocks: Clocks,
         policies: dict[str, PoolPolicy],
     ) -> None:
         """Write a pass's tokens, each into the pool that admits it.
 
-        key and value [B, K, N, D], position [B, N] (-1 for padding), by stream their ``places`` [B, N] within the turn
-        (-1 elsewhere), and which have the ``traits`` that the policy asks for [B, N].
+        key and value [B, K, N, D], position [B, N] (-1 for padding), and by stream their ``places`` [B, N] within the
+        turn (-1 elsewhere).
         """
         state = self.state
         for pool in state.plan.pools:
             newest, clock = self.newest[pool.name], clocks.streams[pool.stream]
             place = places[pool.stream]
             if place is not None:
-                self._write(pool, key, value, position, place, traits, clock)
+                self._write(pool, key, value, position, place, clock)
                 self._enter(policies[pool.name], pool)
                 last = self.base[pool.name] + -(-clock.turn_tokens // pool.page) - 1
                 newest = torch.where(clock.turn_tokens[:, None] > 0, last[:, None], newest)
@@ -93,7 +91,6 @@ class Turn:
         value: Tensor,
         position: Tensor,
         place: Tensor,
-        traits: Mapping[str, Tensor],
         clock: StreamClock,
     ) -> None:
         """The tokens of one pool: those that have a ``place`` [B, N]."""
@@ -104,8 +101,6 @@ class Turn:
         state.keys[row, :, slot] = key[row, :, column]
         state.values[row, :, slot] = value[row, :, column]
         state.position[row, :, slot] = position[row, column].to(torch.int32)[:, None]
-        if f"{pool.name}.special" in state.tensors:
-            state.tensors[f"{pool.name}.special"][row, :, inside] = traits["special"][row, column][:, None]
         if pool.needs_ordinals:
             ordinal = clock.seen[row] - clock.turn_tokens[row] + place[row, column]
             state.tensors[f"{pool.name}.ordinal"][row, :, inside] = ordinal.to(torch.int32)[:, None]
