@@ -171,12 +171,21 @@ def longest_run(said: Sequence[int]) -> int:
     return longest
 
 
+def attempted(setting: Setting, policy: Policy) -> Row:
+    """``write``, where a fault is a row too: one policy's must not end a night's run for the others."""
+    try:
+        return write(setting, policy)
+    except Exception as fault:
+        reason = str(fault).strip().partition("\n")[0]
+        return setting.row(policy, "failed", f"{type(fault).__name__}: {reason}")
+
+
 def judged(row: Row, full: Row) -> Row:
     """The row, failed where it babbles and the full cache does not."""
     wrong = [row.why] if row.why else []
     if row.longest_run > max(RUN, 2 * full.longest_run):
         wrong.append(f"the same token {row.longest_run} times in a row; under the full cache {full.longest_run}")
-    if 2 * row.variety < full.variety:
+    if row.seconds and 2 * row.variety < full.variety:
         wrong.append(f"{row.variety} different tokens in the newest half; under the full cache {full.variety}")
     if row.status == "refused" or not wrong:
         return row
@@ -189,7 +198,7 @@ def run(setting: Setting, names: Sequence[str], earlier: Sequence[Row] = ()) -> 
     full: Row | None = None
     for name in (REFERENCE, *(name for name in names if name != REFERENCE)):
         policy = load_policy(name)
-        row = known.get(setting.row(policy, "").key) or write(setting, policy)
+        row = known.get(setting.row(policy, "").key) or attempted(setting, policy)
         full = full or row
         yield judged(row, full)
 

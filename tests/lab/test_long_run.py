@@ -17,7 +17,7 @@ from kvpolicy.plan import ModelGeometry, make_plan
 from kvpolicy.plan.timeline import timeline
 from tests.invariants.policies import NAMES
 
-ROW = Row("p", "d", "m", 100, 0, "True", "ok", "", {}, longest_run=3, variety=40)
+ROW = Row("p", "d", "m", 100, 0, "True", "ok", "", {}, longest_run=3, variety=40, seconds=1.0)
 SHORT = ("scope-discontinuous", "snapkv")
 LLAMA = ModelGeometry("llama", 4, 4, 2, 8)
 
@@ -71,6 +71,21 @@ def test_what_is_not() -> None:
     assert judged(alike, dataclasses.replace(ROW, longest_run=31)) == alike
     refused = dataclasses.replace(ROW, status="refused", why="store", variety=0)
     assert judged(refused, ROW) == refused
+
+
+def test_a_fault_of_one_policy_is_a_row_and_not_the_end(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = long_run.write
+
+    def write(setting: Setting, policy: Any) -> Row:
+        if policy.name == "window":
+            raise RuntimeError("a second graph\nand its long story")
+        return original(setting, policy)
+
+    monkeypatch.setattr(long_run, "write", write)
+    short = dataclasses.replace(tiny, tokens=6, compile=False)
+    full, window, tova = long_run.run(short, ["window", "tova"])
+    assert (window.status, window.why) == ("failed", "RuntimeError: a second graph")
+    assert (full.status, tova.status) == ("ok", "ok")
 
 
 def test_a_second_run_goes_on_where_the_first_ended(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvpolicy.errors import UsageError
@@ -10,13 +12,21 @@ from kvpolicy.testing.feeding import plan_for
 from kvpolicy.testing.patterns import synthesize
 from tests.policies.kit import run
 
-LONG = {"pattern": "milestone", "prompt": 40, "steps": 60, "at": 51, "until": 90, "layers": 1, "noise": 0}
+LONG: dict[str, Any] = {
+    "pattern": "milestone",
+    "prompt": 40,
+    "steps": 60,
+    "at": 51,
+    "until": 90,
+    "layers": 1,
+    "noise": 0,
+}
 """A prompt longer than the budgets below, then a milestone among the generated tokens."""
 
 
 def kept_while_used(policy: Policy, prompt: int) -> bool:
     """Whether the milestone 11 tokens after the prompt is there for as long as it is looked at."""
-    said = {**LONG, "prompt": prompt, "at": prompt + 11, "until": prompt + 50}
+    said: dict[str, Any] = {**LONG, "prompt": prompt, "at": prompt + 11, "until": prompt + 50}
     return all(prompt + 11 in seen.kept() for seen in run(policy, **said) if prompt + 11 <= seen.newest <= prompt + 50)
 
 
@@ -39,7 +49,7 @@ def test_with_a_bounded_prompt_it_keeps_them_after_any_prompt(name: str, params:
 
 def test_quest_reads_again_what_compressed_prompts_have_lost() -> None:
     """A phoenix in the prompt that the prompt's last queries do not look at."""
-    said = {"pattern": "phoenix", "prompt": 40, "steps": 40, "at": "8..11", "from": 60, "layers": 3}
+    said: dict[str, Any] = {"pattern": "phoenix", "prompt": 40, "steps": 40, "at": "8..11", "from": 60, "layers": 3}
 
     def share(name: str, **params: int) -> float:
         policy = load_policy(name, set=params)
@@ -54,8 +64,16 @@ def test_quest_reads_again_what_compressed_prompts_have_lost() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_ada_kv_holds_more_of_what_the_window_looks_at_than_snapkv(seed: int) -> None:
     """Its reason: the best of all heads together hold at least as much as the best of each."""
-    said = {"pattern": "heavy-hitter", "prompt": 40, "steps": 1, "at": "5..20", "seen_by": 0, "noise": 1, "layers": 1}
-    params = {"budget": 16, "window": 4, "kernel": 1}
+    said: dict[str, Any] = {
+        "pattern": "heavy-hitter",
+        "prompt": 40,
+        "steps": 1,
+        "at": "5..20",
+        "seen_by": 0,
+        "noise": 1,
+        "layers": 1,
+    }
+    params: dict[str, Any] = {"budget": 16, "window": 4, "kernel": 1}
 
     def held(policy: Policy) -> float:
         prompt = [seen for seen in run(policy, **said, seed=seed) if seen.step.kind == "prompt"]
