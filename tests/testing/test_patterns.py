@@ -80,15 +80,15 @@ def test_keys_have_length_1_and_meet_queries_as_wanted(name: str) -> None:
 
 
 def test_short_keys_are_short_in_the_heads_that_are_meant_and_no_query_notices() -> None:
-    part = {"pattern": "short-keys", "at": [3, 30], "longest": 6, "where": {"kv_heads": 1}}
+    part = {"pattern": "short-keys", "at": [3, 30], "spread": 3, "where": {"kv_heads": 1}}
     said = synthesize({"pattern": "mixture", **TEXT, "parts": [part], "noise": 0})
     lengths = np.linalg.norm(said.keys[0][0], axis=-1)
     short = np.zeros_like(lengths, dtype=bool)
     short[1, [3, 30]] = True
     assert ((lengths >= 1) & (lengths <= 2))[short].all() and ((lengths >= 3) & (lengths <= 6))[~short].all()
     assert np.unique(lengths.round(4)).size == lengths.size and np.abs(logits(said)).max() < 1e-5
-    with pytest.raises(Complaint, match="longer than 3"):
-        synthesize({"pattern": "short-keys", **TEXT, "at": 3, "longest": 2})
+    with pytest.raises(Complaint, match="keys of one length"):
+        synthesize({"pattern": "short-keys", **TEXT, "at": 3, "spread": 0})
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -132,11 +132,11 @@ def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fad
 
 
 @pattern("at: [3, 11]")
-def short_keys(scene: Scene, at: Tokens, longest: float = 8.0, fade: float = 0.0) -> None:
-    """Keys of many lengths, which no query notices: some tokens' are 1 to 2 long, all others' 3 to ``longest``."""
-    if longest <= 3:
-        raise Complaint("the longest key is longer than 3", "as in `longest: 8`", ("longest",))
-    scene.shorten(at, longest)
+def short_keys(scene: Scene, at: Tokens, spread: float = 5.0, fade: float = 0.0) -> None:
+    """Keys of many lengths, which no query notices: some tokens' are 1 to 2 long, all others' 3 to 3 + ``spread``."""
+    if spread <= 0:
+        raise Complaint("keys of one length", "`spread` is above 0, as in `spread: 5`", ("spread",))
+    scene.shorten(at, 3 + spread)
     scene.fade(fade)
 
 

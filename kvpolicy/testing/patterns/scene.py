@@ -100,7 +100,7 @@ class Scene:
     def shorten(self, tokens: Sequence[int], longest: float) -> None:
         """Keys of many lengths, up to ``longest``: these tokens have the shortest ones."""
         member = np.zeros((self.heads, self.length), dtype=bool)
-        member[np.ix_(self.asked.any(axis=1), list(tokens))] = True
+        member[np.ix_(self.asked.any(axis=1), np.array(tokens, dtype=int))] = True
         self.short = member if self.short is None else self.short | member
         self.longest = max(self.longest, longest)
 
