@@ -204,8 +204,13 @@ def run(setting: Setting, names: Sequence[str], earlier: Sequence[Row] = ()) -> 
 
 
 def prompt_for(spec: str, tokenizer: Any) -> torch.Tensor:
-    """A text that the model has something to say to [1, P]."""
-    text = make_problem(0, hums=240).prompt if spec == "builtin:tiny" else DEMO.read_text(encoding="utf-8")
+    """A text that the model has something to say to [1, P].
+
+    The tiny model's answer has begun: before that, nothing tells which words of the prompt will be wanted.
+    """
+    problem = make_problem(0, hums=200)
+    begun = " ".join([problem.prompt, *problem.answer(3 * len(problem.phrase))])
+    text = begun if spec == "builtin:tiny" else DEMO.read_text(encoding="utf-8")
     ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
     return ids
 

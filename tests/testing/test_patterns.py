@@ -87,7 +87,7 @@ def test_short_keys_are_short_in_the_heads_that_are_meant_and_no_query_notices()
     short[1, [3, 30]] = True
     assert ((lengths >= 1) & (lengths <= 2))[short].all() and ((lengths >= 3) & (lengths <= 6))[~short].all()
     assert np.unique(lengths.round(4)).size == lengths.size and np.abs(logits(said)).max() < 1e-5
-    with pytest.raises(Complaint, match="keys of one length"):
+    with pytest.raises(Complaint, match="a spread above 0"):
         synthesize({"pattern": "short-keys", **TEXT, "at": 3, "spread": 0})
 
 

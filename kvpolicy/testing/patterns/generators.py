@@ -135,8 +135,8 @@ def drift(scene: Scene, every: int = 20, width: int = 4, level: float = 4.0, fad
 def short_keys(scene: Scene, at: Tokens, spread: float = 5.0, fade: float = 0.0) -> None:
     """Keys of many lengths, which no query notices: some tokens' are 1 to 2 long, all others' 3 to 3 + ``spread``."""
     if spread <= 0:
-        raise Complaint("keys of one length", "`spread` is above 0, as in `spread: 5`", ("spread",))
-    scene.shorten(at, 3 + spread)
+        raise Complaint("lengths that differ need a spread above 0", "as in `spread: 5`", ("spread",))
+    scene.shorten(at, spread)
     scene.fade(fade)
 
 

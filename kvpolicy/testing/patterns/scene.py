@@ -38,10 +38,10 @@ class Scene:
     ``looks`` are (which tokens [T] bool, their logits by query [T], whose they are [Q, T] bool); a token's logit is the
     sum of all that name it. ``depth`` [Q, T] is how far the logit falls from the query's own token to one a whole text
     away, ``loudness`` [Q, T] the standard deviation of what each query adds of its own (``noise``, unless hushed).
-    ``short`` [Q, T] are the tokens whose keys are short where others are up to ``longest`` long, as the query heads of
-    a KV head say; None where all have length 1. ``asked`` [Q, T] are the queries that what is being drawn is about,
-    ``singled`` says that every token has a direction to itself, ``late`` holds what can only be drawn while the text is
-    said.
+    ``short`` [Q, T] are the tokens whose keys are short where others are from 3 to 3 + ``spread`` long, as the query
+    heads of a KV head say; None where all have length 1. ``asked`` [Q, T] are the queries that what is being drawn is
+    about, ``singled`` says that every token has a direction to itself, ``late`` holds what can only be drawn while the
+    text is said.
     """
 
     prompt: int
@@ -53,7 +53,7 @@ class Scene:
     layer: int = 0
     looks: list[tuple[Array, Array, Array]] = field(default_factory=list)
     short: Array | None = None
-    longest: float = 1.0
+    spread: float = 0.0
     singled: bool = False
     late: list[Any] = field(default_factory=list)
 
@@ -97,12 +97,12 @@ class Scene:
         """No noise."""
         self.loudness = np.where(self.asked, 0.0, self.loudness)
 
-    def shorten(self, tokens: Sequence[int], longest: float) -> None:
-        """Keys of many lengths, up to ``longest``: these tokens have the shortest ones."""
+    def shorten(self, tokens: Sequence[int], spread: float) -> None:
+        """Keys of many lengths, up to 3 + ``spread``: these tokens have the shortest ones."""
         member = np.zeros((self.heads, self.length), dtype=bool)
         member[np.ix_(self.asked.any(axis=1), np.array(tokens, dtype=int))] = True
         self.short = member if self.short is None else self.short | member
-        self.longest = max(self.longest, longest)
+        self.spread = max(self.spread, spread)
 
     def wanted(self, head: int = 0) -> Array:
         """Scaled logits [query, token] in a query head that sees the pattern, but for the noise."""
@@ -149,7 +149,7 @@ class Scene:
         if self.short is not None:
             short = self.short.reshape(kv_heads, -1, self.length).any(axis=1)
             drawn = self.random.random((kv_heads, self.length))
-            lengths = np.where(short, 1 + drawn, 3 + (self.longest - 3) * drawn)
+            lengths = np.where(short, 1 + drawn, 3 + self.spread * drawn)
             keys[..., end] = np.sqrt(lengths**2 - 1)
         values = self.random.normal(size=keys.shape)
         return Realised(*(array.astype(np.float32) for array in (queries * head_dim**0.5, keys, values)))
