@@ -8,7 +8,8 @@ zero: zero is the group's least number and scale a step, both in a float dtype o
 * by ``token``, KIVI's way with values: ``group`` neighbouring channels of one slot, [B, K, S, ceil(D / group)].
 
 Codes are uint8: [B, K, S, D] with 8 bits, [B, K, S, D / 2] with 4, where the low half of a byte is channel d and the
-high half channel d + D / 2, so that a kernel reads halves of a head and never has to interleave them.
+high half channel d + D / 2, so that a kernel reads halves of a head and never has to interleave them; with 2 bits the
+four quarters of a byte are channels d, d + D / 4, d + D / 2 and d + 3 D / 4 alike.
 
 Plain torch: it defines ``kernels.quantised``.
 """
@@ -25,7 +26,7 @@ from kvpolicy.attention.parts import attend_part
 from kvpolicy.errors import UsageError
 
 BY = ("channel", "token")
-BITS = (4, 8)
+BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,37 @@ def quantise(tensor: Tensor, bits: int, group: int, by: str, dtype: torch.dtype 
     A number is off by at most half a step, and by what ``dtype`` rounds of zero and of the group's width.
 
     Raises:
-        UsageError: bits other than 4 and 8, an odd head size with 4, a group that is no positive number.
+        UsageError: bits other than 2, 4 and 8, a head size that fills no bytes, a group that is no positive number.
     """
     if bits not in BITS or by not in BY or group < 1:
         raise UsageError(
-            f"numbers are stored in 4 or 8 bits, in groups of 1 or more, by channel or by token; "
+            f"numbers are stored in 2, 4 or 8 bits, in groups of 1 or more, by channel or by token; "
             f"not in {bits} bits, in groups of {group}, by {by}"
         )
-    if bits == 4 and tensor.shape[-1] % 2:
-        raise UsageError(f"4 bits need an even head size, two numbers to a byte; this one is {tensor.shape[-1]}")
+    together = 8 // bits
+    if tensor.shape[-1] % together:
+        size = tensor.shape[-1]
+        raise UsageError(f"{bits} bits put {together} numbers into a byte, which the head size {size} does not fill")
     axis, most = (2 if by == "channel" else 3), (1 << bits) - 1
     low, high = _extremes(tensor.float(), axis, group)
     zero = low.to(dtype)
     scale = ((high - zero.float()) / most).clamp(min=0).to(dtype)
     step, start = (_spread(each, axis, group, tensor.shape[axis]) for each in (scale, zero))
     codes = ((tensor.float() - start) / torch.where(step > 0, step, 1.0)).round().clamp(0, most).to(torch.uint8)
-    if bits == 4:
-        first, second = codes.chunk(2, dim=-1)
-        codes = first | (second << 4)
+    if together > 1:
+        parts = codes.chunk(together, dim=-1)
+        codes = parts[0]
+        for number, part in enumerate(parts[1:], start=1):
+            codes = codes | (part << (bits * number))
     return Quantised(codes, scale, zero, bits, group, by)
 
 
 def dequantise(stored: Quantised, dtype: torch.dtype) -> Tensor:
     """The numbers [B, K, S, D] that codes stand for, computed in float32 and rounded to ``dtype``."""
     codes = stored.codes
-    if stored.bits == 4:
-        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+    if stored.bits < 8:
+        mask, shifts = (1 << stored.bits) - 1, range(0, 8, stored.bits)
+        codes = torch.cat([(codes >> shift) & mask for shift in shifts], dim=-1)
     axis = 2 if stored.by == "channel" else 3
     step, start = (_spread(each, axis, stored.group, codes.shape[axis]) for each in (stored.scale, stored.zero))
     return (codes.float() * step + start).to(dtype)

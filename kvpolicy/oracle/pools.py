@@ -107,10 +107,15 @@ def rounded_channels(vectors: Array, plan: StorePlan) -> Array:
 
 
 def rounded(numbers: Array, bits: int) -> Array:
-    """To the nearest of 2^bits levels from the least to the greatest along the first axis."""
-    low, high = numbers.min(axis=0), numbers.max(axis=0)
-    step = np.where(high > low, (high - low) / (2**bits - 1), 1.0)
-    return low + np.rint((numbers - low) / step) * step
+    """To the nearest of 2^bits levels from the least to the greatest along the first axis.
+
+    In float32, which is where a level is chosen: two roundings that part would be a whole step apart.
+    """
+    exact = numbers.astype(np.float32)
+    low, high = exact.min(axis=0), exact.max(axis=0)
+    step = (high - low) / np.float32(2**bits - 1)
+    levels = np.rint((exact - low) / np.where(step > 0, step, np.float32(1)))
+    return (low + levels * step).astype(float)
 
 
 def new_pools(layer: LayerPlan, head: int) -> dict[str, Pool]:

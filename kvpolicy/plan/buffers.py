@@ -11,11 +11,11 @@ from kvpolicy.plan.structure import Buffer, LayerPlan, PoolPlan, Stream
 
 def layer_buffers(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> tuple[Buffer, ...]:
     """The layer's slots, then what each pool keeps about them."""
-    slots = (batch, geometry.kv_heads, layer.slots)
+    heads = (batch, geometry.kv_heads)
     buffers = [
-        Buffer("keys", (*slots, geometry.head_dim), geometry.dtype),
-        Buffer("values", (*slots, geometry.head_dim), geometry.dtype),
-        Buffer("position", slots, "int32"),
+        Buffer("keys", (*heads, layer.whole_slots, geometry.head_dim), geometry.dtype),
+        Buffer("values", (*heads, layer.whole_slots, geometry.head_dim), geometry.dtype),
+        Buffer("position", (*heads, layer.slots), "int32"),
     ]
     if layer.window_queries:
         window = layer.window_queries
@@ -31,6 +31,11 @@ def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, bat
     name = pool.name
     yield Buffer(f"{name}.ring", units, "int32")  # unit ids: the free ones, and behind them the open page's
     yield Buffer(f"{name}.tail", heads, "int64")  # where the next freed unit goes in the ring
+    if pool.fed:  # heads are sent different units, so each counts its own
+        yield Buffer(f"{name}.opened", heads, "int64")
+        yield Buffer(f"{name}.seen", heads, "int64")
+    if pool.store is not None:
+        yield from _stored_buffers(pool, geometry, batch)
     if pool.evicts:
         yield Buffer(f"{name}.peak", heads, "int64")
     if pool.needs_ordinals:
@@ -52,6 +57,22 @@ def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, bat
             yield Buffer(f"{name}.memory.{number}", units, "float32")
         if kind == "recurrence":
             yield Buffer(f"{name}.gap.{number}", units, "int32")
+
+
+def _stored_buffers(pool: PoolPlan, geometry: ModelGeometry, batch: int) -> Iterator[Buffer]:
+    """Codes, a scale and a zero for each group, and the page that is still open (attention/quantised.py)."""
+    store, size = pool.store, geometry.head_dim
+    assert store is not None
+    heads = (batch, geometry.kv_heads)
+    scale = "float32" if geometry.dtype in ("float32", "float64") else "float16"
+    for what, by in (("keys", store.keys), ("values", store.values)):
+        name = f"{pool.name}.{what}"
+        yield Buffer(f"{name}.codes", (*heads, pool.capacity, size * store.bits // 8), "uint8")
+        groups = (pool.capacity // store.group, size) if by == "channel" else (pool.capacity, -(-size // store.group))
+        yield Buffer(f"{name}.scale", (*heads, *groups), scale)
+        yield Buffer(f"{name}.zero", (*heads, *groups), scale)
+        if pool.stages:
+            yield Buffer(f"{name}.open", (*heads, pool.page, size), geometry.dtype)
 
 
 def clock_buffers(streams: tuple[Stream, ...], batch: int, flagged: int) -> tuple[Buffer, ...]:

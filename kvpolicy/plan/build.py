@@ -89,6 +89,10 @@ def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Le
     resolved = [_layer_pools(policy, pools, known, lengths) for pools in per_head]
     groups = []
     for pools, order in dict.fromkeys(resolved):
+        for pool in pools:
+            if pool.store is not None and geometry.head_dim * pool.store.bits % 8:
+                reason = f"{pool.store.bits} bits do not fill whole bytes where heads have {geometry.head_dim} channels"
+                raise _refusal(policy, ("pools", pool.name, "store", "bits"), reason, "store more bits")
         members = tuple(head for head, other in enumerate(resolved) if other == (pools, order))
         groups.append(LayerPlan(index, per_head[members[0]] is None, pools, order, members=members))
     if len(groups) == 1:

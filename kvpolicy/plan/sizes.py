@@ -43,11 +43,12 @@ def size_pools(
     Pools are sized in update ``order``, so that a budget which names another pool's size finds its range known.
     ``full`` asks for the sizes beside a prompt that fills its pool: then a pool without a budget has just one size.
     """
+    fed = {pool.to for pool in pools}
+    pools = tuple(replace(pool, fed=pool.name in fed) for pool in pools)
     ranges, sized = lengths.ranges(), list(pools)
     arrivals = _arrivals(pools, order, lengths)
-    fed = {pool.to for pool in pools}
     for pool in pools:  # of all, before any is sized: a budget may name what a later pool has seen
-        seen = arrivals[pool.name] if pool.name in fed else _most(pool, lengths)
+        seen = arrivals[pool.name] if pool.fed else _most(pool, lengths)
         ranges[f"seen({pool.name})"] = Range(Fraction(0), Fraction(seen))
     for index in order:
         pool = sized[index]
@@ -55,7 +56,7 @@ def size_pools(
         if pool.budget is None:
             pool = replace(pool, bound=ever, capacity=ever)
         else:
-            special = ever if pool.name in fed else min(ever, _in_turns(lengths.prompt[1], pool.page, lengths))
+            special = ever if pool.fed else min(ever, _in_turns(lengths.prompt[1], pool.page, lengths))
             protected = _protected(pool, ranges, ever, special)
             bound = min(ever, max(_within_budget(pool, ranges, lengths), protected))
             slack = _slack(pool, lengths, sized)
@@ -66,8 +67,8 @@ def size_pools(
         # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
         sized[index] = replace(pool, capacity=max(pool.capacity, pool.page))
     offset = 0
-    for index, pool in enumerate(sized):
-        sized[index] = replace(pool, offset=offset, read_units=_read_units(pool, ranges, pool.name in fed))
+    for index, pool in sorted(enumerate(sized), key=lambda place: place[1].store is not None):
+        sized[index] = replace(pool, offset=offset, read_units=_read_units(pool, ranges))
         offset += pool.capacity
     return tuple(sized)
 
@@ -77,13 +78,13 @@ def _in_turns(tokens: int, page: int, lengths: Lengths) -> int:
     return in_pages(tokens, page) + (lengths.turns - 1) * (page if page > 1 else 0)
 
 
-def _read_units(pool: PoolPlan, ranges: dict[str, Range], fed: bool) -> int:
+def _read_units(pool: PoolPlan, ranges: dict[str, Range]) -> int:
     """The most units that one pass reads beside the newest, which only what arrives from the text has."""
     if pool.read is None:
         return 0
     high = pool.read.top.bound(ranges).high
     most = pool.units if high == math.inf else -(-max(0, math.floor(high)) // pool.page)
-    return min(pool.units, most if fed else max(0, most - 1))
+    return min(pool.units, most if pool.fed else max(0, most - 1))
 
 
 def _most(pool: PoolPlan, lengths: Lengths) -> int:
@@ -147,8 +148,12 @@ def _slack(pool: PoolPlan, lengths: Lengths, pools: list[PoolPlan]) -> int:
     """Tokens that may arrive between two updates, whole pages. Prompt tokens wait in the turn's own workspace."""
     between = lengths.generated if pool.cadence == 0 else min(pool.cadence, max(1, lengths.generated))
     slack = in_pages(between, pool.page) if "generated" in pool.admits else 0
-    for source in (other for other in pools if other.to == pool.name):  # at most what it holds and what it gets
-        slack += in_pages(source.capacity + between, pool.page)
+    for source in (other for other in pools if other.to == pool.name):
+        if source.victims:
+            updates = 0 if source.cadence == 0 else -(-between // source.cadence)
+            slack += source.victims * source.page * updates
+        else:  # at most what it holds and what it gets
+            slack += in_pages(source.capacity + between, pool.page)
     return slack
 
 
@@ -168,7 +173,7 @@ def _victims(pool: PoolPlan, slack: int, pools: list[PoolPlan]) -> int:
     """
     limits = [quantity for quantity in (pool.budget, pool.window, pool.first) if quantity is not None]
     moving = {f"size({other.name})" for other in pools if not _rests(other, pools)}
-    moving |= {f"seen({other.name})" for other in pools if "generated" in other.admits}
+    moving |= {f"seen({other.name})" for other in pools if "generated" in other.admits or other.fed}
     if any(limit.names & moving or limit.direction() not in ("constant", "up") for limit in limits):
         return 0
     if pool.page > 1 and pool.window is not None:

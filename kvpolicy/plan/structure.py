@@ -113,8 +113,8 @@ class Buffer:
 class PoolPlan:
     """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages.
 
-    One update of a generated pass drops at most ``victims`` units (0: any number); one generated pass reads at most
-    ``read_units`` of them beside the newest.
+    ``fed``: another pool moves its units here. One update of a generated pass drops at most ``victims`` units (0: any
+    number); one generated pass reads at most ``read_units`` of them beside the newest.
     """
 
     name: str
@@ -140,6 +140,7 @@ class PoolPlan:
     read_units: int = 0
     size_read: bool = False
     above: frozenset[str] = frozenset()
+    fed: bool = False
 
     @property
     def order_of_arrival(self) -> Stream:
@@ -163,8 +164,13 @@ class PoolPlan:
 
     @property
     def needs_ordinals(self) -> bool:
-        """Whether protection asks where in the pool's order of arrival a token stands."""
-        return self.evicts and (self.window is not None or self.first is not None)
+        """Whether protection asks where in the order of arrival a token stands; in a ``fed`` pool positions tell."""
+        return self.evicts and not self.fed and (self.window is not None or self.first is not None)
+
+    @property
+    def stages(self) -> bool:
+        """Whether its open page waits at the model's precision beside what is stored in few bits."""
+        return self.store is not None and not self.fed
 
     def quantities(self) -> Iterator[tuple[tuple[str, ...], Quantity]]:
         """Every quantity that may still vary by row and step, and under which keys of the pool it stands."""
@@ -220,6 +226,11 @@ class LayerPlan:
     def slots(self) -> int:
         """S: token slots allocated per row and KV head."""
         return sum(pool.capacity for pool in self.pools)
+
+    @property
+    def whole_slots(self) -> int:
+        """Those among them that hold the model's own numbers; they come first."""
+        return sum(pool.capacity for pool in self.pools if pool.store is None)
 
     @property
     def bound(self) -> int:

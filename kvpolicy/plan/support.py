@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvpolicy.errors import UsageError
 from kvpolicy.language.signals import SIGNALS, definition, origin
+from kvpolicy.plan.signals import needs, reads_bounds
 from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ScorerPlan
 
 
@@ -34,17 +35,29 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
         if layer.groups and pool.scope != "kv-head":
             yield f"pool {pool.name}: evict scope {pool.scope} beside overrides for single heads"
         yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
+    yield from _numbers_that_change(layer)
+
+
+def _numbers_that_change(layer: LayerPlan) -> Iterator[str]:
+    """A unit that moves to few bits is ranked, in that very pass, by what it was; slots hold what it has become."""
+    for pool in layer.every_pool:
+        if pool.store is None:
+            continue
+        if reads_bounds(layer, pool) and pool.store.keys == "token":
+            yield f"pool {pool.name}: bounds of pages whose keys are stored by token"
+        if not pool.fed:
+            continue
+        for other in layer.every_pool:
+            for leaf in other.scorer.leaves() if other.evicts and other.cadence > 0 else ():
+                if isinstance(leaf.queries, int) or needs(leaf.signal) & {"keys", "values"}:
+                    yield f"pool {other.name}: {leaf.signal} by keys or earlier queries, beside the stored {pool.name}"
 
 
 def _pool(pool: PoolPlan) -> Iterator[str]:
-    if not pool.admits:
-        yield "a pool fed by another"
     if pool.scope == "across-heads":
         yield "evict scope across-heads"
-    if pool.to is not None:
-        yield "evict {to: …}"
-    if pool.store is not None:
-        yield "store bits"
+    if pool.fed and pool.pin_special:
+        yield "special tokens pinned where another pool moves its units"
     if pool.evicts:
         for leaf in pool.scorer.leaves():
             yield from _leaf(leaf)

@@ -20,6 +20,7 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "int64": torch.int64,
     "int32": torch.int32,
+    "uint8": torch.uint8,
     "bool": torch.bool,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.pool import LAST_KEY, PoolPolicy, order_keys
 from kvpolicy.runtime.quantities import Whole, floored
 from kvpolicy.runtime.state import LayerState
+
+# Told which units [B, K, V] leave a pool, and which of them really do [B, K, V], before their slots are emptied.
+Leave = Callable[[Tensor, Tensor], None]
 
 
 def excess_units(policy: PoolPolicy, page: int, count: Tensor, values: Mapping[str, Whole]) -> Tensor:
@@ -43,10 +46,14 @@ def drop_some(
     values: Mapping[str, Whole],
     score: Tensor,
     candidate: Tensor,
+    leave: Leave | None = None,
 ) -> None:
-    """One update of a generated pass: empty the slots of the victims and push their units, nothing else moves."""
+    """One update of a generated pass: empty the slots of the victims and push their units, nothing else moves.
+
+    ``leave`` is told of them first, where another pool takes them.
+    """
     pool = state.pools[policy.name]
-    count = state.count(pool, clocks.streams[pool.stream].opened)
+    count = state.count(pool)
     peak = state.tensors[f"{pool.name}.peak"]
     peak.copy_(torch.maximum(peak, count if pool.page == 1 else count * pool.page))
     excess, due = excess_units(policy, pool.page, count, values), fires(pool, clocks)
@@ -54,6 +61,8 @@ def drop_some(
         excess = torch.where(due[:, None], excess, 0)
     keys = drop_keys(pool, state, score, candidate)
     most = min(pool.victims or pool.units, pool.units)
+    if pool.to is not None:  # no more can ever move than there is room for
+        most = min(most, state.pools[pool.to].units)
     if most == 1:
         victim = keys.argmin(-1, keepdim=True)
         gone = candidate.gather(-1, victim) & (excess > 0)[..., None]
@@ -61,6 +70,8 @@ def drop_some(
         key, victim = keys.topk(most, dim=-1, largest=False, sorted=True)
         steps = torch.arange(most, device=key.device)
         gone = (steps < excess[..., None]) & (key < LAST_KEY)
+    if leave is not None:
+        leave(victim, gone)
     _empty(pool, state, victim, gone)
     if pool.pin_survivors:
         _mark_survivors(pool, state, due)
@@ -69,7 +80,7 @@ def drop_some(
 def record_size(pool: PoolPlan, state: LayerState, clocks: Clocks) -> None:
     """After a pool's update in a generated pass: what size(pool) reads from now on."""
     size = state.tensors[f"{pool.name}.size"]
-    now, due = state.count(pool, clocks.streams[pool.stream].opened) * pool.page, fires(pool, clocks)
+    now, due = state.count(pool) * pool.page, fires(pool, clocks)
     size.copy_(now if due is None else torch.where(due[:, None], now, size))
 
 
@@ -104,6 +115,7 @@ def drop_all_at_once(
     score: Tensor,
     candidate: Tensor,
     spoken: Tensor,
+    leave: Leave | None = None,
 ) -> None:
     """The update that ends a prompt turn, on the turn's workspace: any number of units go; rings are laid later.
 
@@ -114,6 +126,8 @@ def drop_all_at_once(
     excess = torch.where(spoken[:, None], excess, 0)
     rank = drop_keys(pool, state, score, candidate).argsort(-1).argsort(-1)
     gone = (rank < excess[..., None]) & candidate
+    if leave is not None:
+        leave(torch.arange(pool.units, device=gone.device).expand_as(gone), gone)
     slots = state.position[:, :, state.span(pool)]
     slots.masked_fill_(gone[..., None].expand(-1, -1, -1, pool.page).flatten(2), -1)
     if pool.pin_survivors:

@@ -33,12 +33,14 @@ from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks, Places
-from kvpolicy.runtime.evict import drop_all_at_once, drop_some, fires, record_size
+from kvpolicy.runtime.evict import Leave, drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
+from kvpolicy.runtime.moving import move
 from kvpolicy.runtime.packing import outlives_slots, pack
 from kvpolicy.runtime.pool import PoolPolicy, readings
 from kvpolicy.runtime.reading import Reader, read_slots
 from kvpolicy.runtime.state import LayerState
+from kvpolicy.runtime.stored import settle
 from kvpolicy.runtime.turn import Turn
 from kvpolicy.scorers.sight import EveryQuery, LastQueries, NewestQuery, Sight, masked_softmax, sums_probabilities
 
@@ -105,9 +107,8 @@ class PolicyLayer(CacheLayerMixin):
         self.state = LayerState(plan, self.device, self.clocks)
         self.policies = {pool.name: PoolPolicy(pool) for pool in plan.pools}
         self.ordered = [plan.pools[index] for index in plan.order]
-        fed = {pool.to for pool in plan.pools}
         self.chosen: dict[str, Tensor] = {}
-        self.readers = [Reader(pool, pool.name in fed) for pool in plan.pools if pool.read is not None]
+        self.readers = [Reader(pool) for pool in plan.pools if pool.read is not None]
         self.stretches = _stretches(plan)
         self.arrival = next((pool for pool in plan.pools if "generated" in pool.admits), None)
         self.reads_logits = {kind: _reads_logits(plan, kind) for kind in (PLAIN, UPDATE)}
@@ -195,25 +196,28 @@ class PolicyLayer(CacheLayerMixin):
             return self.fused(query, key, value, scaling, kind == UPDATE)
         self._admit(key, value)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
-        if self.readers:
-            out, sight = self._attend_to_chosen(grouped, scaling, kind)
-            self._learn_and_drop(sight, kind == UPDATE)
-            return rearrange(out, "b k g d -> b 1 (k g) d")
-        sight = NewestQuery(state, scaling, {}, grouped)
+        attend = self._attend_to_chosen if self.readers else self._attend_to_all
+        out, sight = attend(grouped, scaling, kind)
+        self._learn_and_drop(sight, kind == UPDATE)
+        if self.arrival is not None and self.arrival.store is not None:
+            settle(state, self.arrival)
+        return rearrange(out, "b k g d -> b 1 (k g) d")
+
+    def _attend_to_all(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
+        """Step 3 where every resident is read: attention of one query a row [B, K, G, D]."""
+        state, wanted = self.state, self.reads_logits[kind]
+        sight = NewestQuery(state, scaling, {}, query)
+        keys, values = state.all_keys(), state.all_values()
         if self.backend == TRITON:
-            wanted = self.reads_logits[kind]
-            out, logits = decode_attention(grouped, state.keys, state.values, state.position, scaling, wanted)
+            out, logits = decode_attention(query, keys, values, state.position, scaling, wanted)
             if wanted:
                 sight.all_logits, sight.probabilities = logits, torch.softmax(logits, dim=-1)
-        elif self.reads_logits[kind]:
-            out, sight.all_logits, sight.probabilities = attend_slots(
-                grouped, state.keys, state.values, state.position < 0, scaling
-            )
+        elif wanted:
+            out, sight.all_logits, sight.probabilities = attend_slots(query, keys, values, state.position < 0, scaling)
         else:
             visible = (state.position >= 0)[:, :, None]
-            out = F.scaled_dot_product_attention(grouped, state.keys, state.values, visible, scale=scaling)
-        self._learn_and_drop(sight, kind == UPDATE)
-        return rearrange(out, "b k g d -> b 1 (k g) d")
+            out = F.scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
+        return out, sight
 
     def _attend_to_chosen(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
         """Steps 2 and 3 where pools select: attention of one query a row [B, K, G, D] over what is read.
@@ -233,12 +237,15 @@ class PolicyLayer(CacheLayerMixin):
         if self.reads_logits[kind]:
             sight.read = read_slots(state, chosen)
             sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None])
-            return torch.matmul(sight.probabilities.to(state.values.dtype), state.values), sight
+            return torch.matmul(sight.probabilities.to(state.values.dtype), state.all_values()), sight
         attend_paged = kernel_pages if self.backend == TRITON else attend_pages
         parts = []
         for pools in self.stretches:
             span = slice(pools[0].offset, pools[-1].offset + pools[-1].capacity)
-            given = (query, state.keys[:, :, span], state.values[:, :, span])
+            if pools[0].store is None:
+                given = (query, state.keys[:, :, span], state.values[:, :, span])
+            else:
+                given = (query, state.pool_keys(pools[0]), state.pool_values(pools[0]))
             if pools[0].name in chosen:
                 index = chosen[pools[0].name].int()
                 parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
@@ -257,12 +264,17 @@ class PolicyLayer(CacheLayerMixin):
         state, clocks, pool = self.state, self.clocks, self.arrival
         assert pool is not None
         clock = clocks.streams[pool.stream]
-        unit = state.newest_unit(pool, clock.opened)
+        unit = state.newest_unit(pool)
         opens = None if pool.page == 1 else clock.fill == 1
         inside = unit if opens is None else unit * pool.page + clock.fill[:, None] - 1
         slot = (state.rows, state.heads, pool.offset + inside)
-        state.keys[slot] = key[:, :, 0]
-        state.values[slot] = value[:, :, 0]
+        if pool.store is None:
+            state.keys[slot] = key[:, :, 0]
+            state.values[slot] = value[:, :, 0]
+        else:
+            waiting = (state.rows, state.heads, (clock.fill[:, None] - 1).expand_as(unit))
+            state.tensors[f"{pool.name}.keys.open"][waiting] = key[:, :, 0]
+            state.tensors[f"{pool.name}.values.open"][waiting] = value[:, :, 0]
         state.position[slot] = clocks.position[:, None].expand_as(unit)
         if pool.needs_ordinals:
             ordinal = state.tensors[f"{pool.name}.ordinal"]
@@ -285,21 +297,37 @@ class PolicyLayer(CacheLayerMixin):
             if update or policy.remembers:
                 sight.candidates[policy.name] = policy.candidates(state, clocks, values)
         if update:
-            before = state.position.clone() if len(working) > 1 else state.position
+            shared = len(working) > 1 or any(pool.to for pool in self.ordered)
+            before = state.position.clone() if shared else state.position
             sights |= self._windows(working, state, before, sight)
         for policy in working:
             policy.observe(sights, clocks, values)
         for pool in self.ordered:
             if update and pool.evicts and pool.cadence > 0:
                 policy, values = self.policies[pool.name], readings(state, clocks)
-                if policy.guards_by_size:
+                if policy.guards_by_size or pool.fed:
                     sight.candidates[pool.name] = policy.candidates(state, clocks, values)
                 policy.look_back(sights, clocks, values, fires(pool, clocks))
                 score = policy.score(sights, clocks, values)
-                drop_some(policy, state, clocks, values, score, sight.candidates[pool.name])
-            changes = update if pool.evicts else "generated" in pool.admits
+                leave = self._sending(pool, state, sights)
+                drop_some(policy, state, clocks, values, score, sight.candidates[pool.name], leave)
+            changes = update if pool.evicts or pool.fed else "generated" in pool.admits
             if pool.size_read and pool.cadence > 0 and changes:
                 record_size(pool, state, clocks)
+
+    def _sending(self, pool: PoolPlan, state: LayerState, sights: Mapping[str, Sight]) -> Leave | None:
+        """What takes the units that a pool drops; None where they are gone for good."""
+        if pool.to is None:
+            return None
+        target = self.policies[pool.to]
+
+        def leave(unit: Tensor, gone: Tensor) -> None:
+            places = None
+            if self.turn is not None and state is self.turn.state:
+                places = self.turn.landing[pool.name] + unit
+            move(state.pools[pool.name], target, state, self.clocks, (unit, gone), places, sights.values())
+
+        return leave
 
     def _windows(
         self,
@@ -391,11 +419,12 @@ class PolicyLayer(CacheLayerMixin):
         for pool in self.ordered if last else ():
             if pool.evicts:
                 policy, values = self.policies[pool.name], readings(wide, clocks)
-                if policy.guards_by_size:
+                if policy.guards_by_size or pool.fed:
                     candidates[pool.name] = policy.candidates(wide, clocks, values)
                 policy.look_back(sights, clocks, values, spoken)
                 score = policy.score(sights, clocks, values)
-                drop_all_at_once(policy, wide, values, score, candidates[pool.name], spoken)
+                leave = self._sending(pool, wide, sights)
+                drop_all_at_once(policy, wide, values, score, candidates[pool.name], spoken, leave)
             if pool.size_read:
                 units = wide.resident_units(wide.pools[pool.name]).sum(-1)
                 size = wide.tensors[f"{pool.name}.size"]

@@ -12,8 +12,9 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan import PoolPlan
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.state import LayerState
+from kvpolicy.runtime.stored import SIDES, opened_up, store_all
 
-SLOT_BUFFERS = ("keys", "values", "position")
+STORED = (".codes", ".scale", ".zero", ".open")  # what a page is as codes goes by itself
 WINDOW_BUFFERS = ("queries", "query_position")
 
 
@@ -36,8 +37,9 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
             )
         _move(wide, source, into, pool, order[..., :most], count)
         into.lay_ring(pool, count, clocks.streams[pool.stream].opened)
-        if pool.size_read:
-            into.tensors[f"{pool.name}.size"].copy_(wide.tensors[f"{pool.name}.size"])
+        for name in (f"{pool.name}.{count}" for count in ("size", "seen")):
+            if name in into.tensors:
+                into.tensors[name].copy_(wide.tensors[name])
     for name, tensor in kept_over.items():
         into.tensors[name].copy_(tensor)
 
@@ -50,12 +52,12 @@ def outlives_slots(name: str) -> bool:
 def carry(old: LayerState, wide: LayerState) -> None:
     """Copy every pool of ``old`` into the front of the same pool of a wider state."""
     for source, target in zip(old.plan.pools, wide.plan.pools, strict=True):
-        for name in SLOT_BUFFERS:
-            width = min(source.capacity, target.capacity)
-            wide.tensors[name][:, :, target.offset : target.offset + width] = old.tensors[name][
-                :, :, source.offset : source.offset + width
-            ]
-        for name in _pool_buffers(old, source):
+        width = min(source.capacity, target.capacity)
+        span = slice(target.offset, target.offset + width)
+        wide.position[:, :, span] = old.position[:, :, source.offset : source.offset + width]
+        for side in SIDES:
+            wide.tensors[side][:, :, span] = _numbers(old, source, side)[:, :, :width]
+        for name in _pool_buffers(wide, target):
             kept, room = old.tensors[name], wide.tensors[name]
             if kept.dim() == 2:
                 room.copy_(kept)
@@ -73,10 +75,17 @@ def _move(old: LayerState, source: PoolPlan, new: LayerState, target: PoolPlan, 
     slots = (units[..., None] * source.page + torch.arange(source.page, device=units.device)).flatten(2)
     place = (old.rows[..., None], old.heads[..., None], slots + source.offset)
     span = slice(target.offset, target.offset + width * target.page)
-    for name in ("keys", "values"):
-        new.tensors[name][:, :, span] = old.tensors[name][place]
     real_slots = real[..., None].expand(-1, -1, -1, source.page).flatten(2)
     new.position[:, :, span] = torch.where(real_slots, old.position[place], -1)
+    index = (old.rows[..., None], old.heads[..., None], slots)
+    numbers = {side: _numbers(old, source, side)[index] for side in SIDES}
+    if target.store is None:
+        for side in SIDES:
+            new.tensors[side][:, :, span] = numbers[side]
+    else:
+        present = new.position[:, :, span].unflatten(2, (width, target.page)) >= 0
+        pages = {side: number.unflatten(2, (width, target.page)) for side, number in numbers.items()}
+        store_all(new, target, pages, present)
     for name in _pool_buffers(old, source):
         kept, room = old.tensors[name], new.tensors[name]
         if kept.dim() == 2 or name.endswith(".ring"):
@@ -85,6 +94,13 @@ def _move(old: LayerState, source: PoolPlan, new: LayerState, target: PoolPlan, 
         room[:, :, : index.shape[-1]] = kept[old.rows[..., None], old.heads[..., None], index]
 
 
+def _numbers(state: LayerState, pool: PoolPlan, side: str) -> Tensor:
+    """Keys or values of a pool by slot [B, K, U * page, D], between passes."""
+    if pool.store is not None:
+        return opened_up(state, pool, side, settled=True)
+    return state.tensors[side][:, :, state.span(pool)]
+
+
 def _pool_buffers(state: LayerState, pool: PoolPlan) -> list[str]:
     """Names of what a pool keeps about its units."""
-    return [name for name in state.tensors if name.startswith(f"{pool.name}.") and name not in SLOT_BUFFERS]
+    return [name for name in state.tensors if name.startswith(f"{pool.name}.") and not name.endswith(STORED)]

@@ -70,11 +70,49 @@ class PoolPolicy:
                 free = free & _whole_units(pool, state, ordinal >= _each(floored(self.first, values)))
         if pool.pin_special:
             free = free & _whole_units(pool, state, ~clocks.is_special(state.pool_positions(pool).flatten(2)))
-        if pool.page > 1:
-            free[state.rows, state.heads, state.newest_unit(pool, clock.opened)] = False
+        if pool.fed and (self.window is not None or self.first is not None):
+            free = free & ~self._guarded_by_place(pool, state, values)
+        elif pool.page > 1 and not pool.fed:
+            free[state.rows, state.heads, state.newest_unit(pool)] = False
         if pool.pin_survivors:
             free = free & ~state.tensors[f"{pool.name}.survivor"]
         return free
+
+    def _guarded_by_place(self, pool: PoolPlan, state: LayerState, values: Mapping[str, Whole]) -> Tensor:
+        """Which units of a fed pool hold one of the first tokens by position, or of the newest [B, K, U]."""
+        position = state.pool_positions(pool).flatten(2)
+        resident = position >= 0
+        order = torch.where(resident, position.long(), LAST_KEY).argsort(-1)
+        place, count = order.argsort(-1), resident.sum(-1, keepdim=True)
+        safe = torch.zeros_like(resident)
+        if self.first is not None:
+            safe = safe | (place < _each(floored(self.first, values)))
+        if self.window is not None:
+            safe = safe | (place >= count - _each(floored(self.window, values)))
+        return (safe & resident).unflatten(2, (pool.units, pool.page)).any(-1)
+
+    def arrive(self, state: LayerState, clocks: Clocks, unit: Tensor, here: Tensor) -> None:
+        """Units [B, K, V] have moved here from another pool, where ``here`` [B, K, V]: they remember nothing."""
+        pool = state.pools[self.name]
+        index = (state.rows[..., None], state.heads[..., None], unit)
+        start = clocks.t[:, None, None].expand_as(unit)
+        fresh: list[tuple[str, Tensor]] = []
+        for leaf in self.leaves:
+            if leaf.memory != "none":
+                begins = start if leaf.memory in CLOCKED else torch.zeros_like(start)
+                fresh.append((f"{pool.name}.memory.{leaf.number}", begins))
+            if leaf.memory == "recurrence":
+                fresh.append((f"{pool.name}.gap.{leaf.number}", torch.zeros_like(start)))
+            if leaf.signal == "random":
+                place = state.unit_position(pool)[index].long()
+                seed = int(leaf.args.get("seed", 0))
+                number = drawn(seed, state.layer, state.kv_heads[..., None].expand_as(place), place)
+                fresh.append((f"{pool.name}.drawn.{leaf.number}", number))
+        if pool.pin_survivors and pool.evicts:
+            fresh.append((f"{pool.name}.survivor", torch.zeros_like(here)))
+        for name, value in fresh:
+            tensor = state.tensors[name]
+            tensor[index] = torch.where(here, value.to(tensor.dtype), tensor[index])
 
     def enter(self, state: LayerState, clocks: Clocks, unit: Tensor, opens: Tensor | None) -> None:
         """A unit [B, K] takes one more token: a new unit forgets who lay there before."""
@@ -256,7 +294,7 @@ def readings(state: LayerState, clocks: Clocks) -> dict[str, Whole]:
         values["context"] = (clocks.prompt_len + clocks.t)[:, None]
     for pool in state.plan.pools:
         if f"seen({pool.name})" in state.names_read:
-            values[f"seen({pool.name})"] = clocks.streams[pool.stream].seen[:, None]
+            values[f"seen({pool.name})"] = state.seen(pool)
         if pool.size_read:
             values[f"size({pool.name})"] = state.tensors[f"{pool.name}.size"]
     return values

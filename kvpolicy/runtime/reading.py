@@ -21,10 +21,10 @@ class Reader:
     A pool that another feeds has no newest unit of its own: what arrives there is complete.
     """
 
-    def __init__(self, plan: PoolPlan, fed: bool) -> None:
+    def __init__(self, plan: PoolPlan) -> None:
         assert plan.read is not None
         self.name = plan.name
-        self.fed = fed
+        self.fed = plan.fed
         self.top = plan.read.top.tree
         self.most = plan.read_units
         self.policy = PoolPolicy.reading(plan)
@@ -58,7 +58,7 @@ class Reader:
 def read_slots(state: LayerState, chosen: Mapping[str, Tensor]) -> Tensor:
     """Which slots are read [B, K, S]: all of a pool that does not choose, of another those of its ``chosen`` units."""
     parts = []
-    for pool in state.plan.pools:
+    for pool in sorted(state.plan.pools, key=lambda pool: pool.offset):
         index = chosen.get(pool.name)
         resident = state.position[:, :, state.span(pool)] >= 0
         if index is not None:

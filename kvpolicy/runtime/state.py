@@ -2,7 +2,10 @@
 
 A *unit* is a page of its pool (a token where page is 1); it lies in ``page`` neighbouring slots. An empty slot has
 position -1. Which unit of a pool is free is told by a ring of unit ids per row and KV head: arrivals take the id at
-``opened - 1`` (so the open page is found there too), and an update writes the freed ids at ``tail``.
+``opened - 1`` (so the open page is found there too), and an update writes the freed ids at ``tail``. ``opened`` is a
+number of the row's clock, or of each head where another pool moves units here.
+
+A pool stored in few bits has positions among the others', behind them, and codes of its own (``stored.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from kvpolicy.plan import LayerPlan, PoolPlan
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
+from kvpolicy.runtime.stored import opened_up
 
 
 class LayerState:
@@ -53,6 +57,9 @@ class LayerState:
         """
         steps = torch.arange(pool.units, device=count.device)
         ring, tail = self.tensors[f"{pool.name}.ring"], self.tensors[f"{pool.name}.tail"]
+        if pool.fed:
+            opened = torch.zeros_like(opened)
+            self.tensors[f"{pool.name}.opened"].zero_()
         ring.copy_((count[..., None] + steps - opened[:, None, None]) % pool.units)
         tail.copy_(opened[:, None] + pool.units - count)
 
@@ -72,14 +79,51 @@ class LayerState:
         """Position of each unit's first token [B, K, U]; -1 where empty."""
         return self.pool_positions(pool)[..., 0]
 
-    def count(self, pool: PoolPlan, opened: Tensor) -> Tensor:
-        """Resident units [B, K], from the ring: ``opened`` [B] have been taken, ``tail`` have been put back."""
-        return pool.units - self.tensors[f"{pool.name}.tail"] + opened[:, None]
+    def opened(self, pool: PoolPlan) -> Tensor:
+        """How many units have been taken from the ring [B, K]."""
+        own = self.tensors.get(f"{pool.name}.opened")
+        return self.clocks.streams[pool.stream].opened[:, None] if own is None else own
 
-    def newest_unit(self, pool: PoolPlan, opened: Tensor) -> Tensor:
+    def seen(self, pool: PoolPlan) -> Tensor:
+        """Tokens ever admitted [B, K], or [B, 1] where heads do not differ."""
+        seen = self.clocks.streams[pool.stream].seen[:, None]
+        return seen + self.tensors[f"{pool.name}.seen"] if pool.fed else seen
+
+    def count(self, pool: PoolPlan) -> Tensor:
+        """Resident units [B, K], from the ring: ``opened`` have been taken, ``tail`` have been put back."""
+        return pool.units - self.tensors[f"{pool.name}.tail"] + self.opened(pool)
+
+    def newest_unit(self, pool: PoolPlan) -> Tensor:
         """The unit last taken from the ring [B, K]."""
-        index = ((opened - 1) % pool.units)[:, None, None].expand(*self.position.shape[:2], 1)
+        index = ((self.opened(pool) - 1) % pool.units)[..., None].expand(*self.position.shape[:2], 1)
         return self.tensors[f"{pool.name}.ring"].gather(2, index).squeeze(2).long()
+
+    def pool_keys(self, pool: PoolPlan) -> Tensor:
+        """Keys of a pool by slot [B, K, U * page, D] in a generated pass, or of a workspace."""
+        return self._numbers(pool, "keys")
+
+    def pool_values(self, pool: PoolPlan) -> Tensor:
+        """Its values."""
+        return self._numbers(pool, "values")
+
+    def all_keys(self) -> Tensor:
+        """Keys of the layer by slot [B, K, S, D], as ``pool_keys``."""
+        return self._all("keys")
+
+    def all_values(self) -> Tensor:
+        """Its values."""
+        return self._all("values")
+
+    def _numbers(self, pool: PoolPlan, side: str) -> Tensor:
+        if pool.store is None:
+            return self.tensors[side][:, :, self.span(pool)]
+        return opened_up(self, pool, side, settled=False)
+
+    def _all(self, side: str) -> Tensor:
+        stored = sorted((pool for pool in self.plan.pools if pool.store is not None), key=lambda pool: pool.offset)
+        if not stored:
+            return self.tensors[side]
+        return torch.cat([self.tensors[side], *(self._numbers(pool, side) for pool in stored)], dim=2)
 
     def page_max(self, pool: PoolPlan, by_token: Tensor) -> Tensor:
         """What a token-level score [B, K, U * page] says of units: the maximum over the tokens of a page."""

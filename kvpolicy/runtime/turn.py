@@ -30,10 +30,9 @@ class Turn:
         self.base = {pool.name: 0 if empty else pool.units for pool in state.plan.pools}
         self.begun = False
         self.state = state
+        self.landing: dict[str, int] = {}  # by pool that sends, the first of the units that it fills elsewhere
         self.newest = {
-            pool.name: torch.full_like(state.tensors[f"{pool.name}.tail"], -1)
-            if empty
-            else state.newest_unit(pool, clocks.streams[pool.stream].opened)
+            pool.name: torch.full_like(state.tensors[f"{pool.name}.tail"], -1) if empty else state.newest_unit(pool)
             for pool in state.plan.pools
         }
 
@@ -41,11 +40,16 @@ class Turn:
         """Make room for the tokens of one more pass in the pools that admit them; what is clocked starts now."""
         old, first = self.state, not self.begun
         self.begun = True
+        room: dict[str, int] = {}
+        for pool in (old.plan.pools[index] for index in old.plan.order):  # those that send come first
+            room[pool.name] = self.base[pool.name] + -(-clocks.streams[pool.stream].turn_room // pool.page)
+            for source in (other for other in old.plan.pools if other.to == pool.name):
+                self.landing[source.name] = room[pool.name]
+                room[pool.name] += room[source.name]
         pools: list[PoolPlan] = []
         offset = 0
-        for pool in old.plan.pools:
-            units = self.base[pool.name] + -(-clocks.streams[pool.stream].turn_room // pool.page)
-            pools.append(replace(pool, capacity=max(1, units) * pool.page, offset=offset))
+        for pool in old.plan.pools:  # here everything is at the model's precision
+            pools.append(replace(pool, capacity=max(1, room[pool.name]) * pool.page, offset=offset, store=None))
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
         plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))

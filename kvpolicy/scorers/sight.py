@@ -120,15 +120,22 @@ class Sight:
 
     def all_keys(self) -> Tensor:
         """Keys of the layer by slot [B, K, S, D] in float32."""
-        return self.state.keys.float()
+        keys: Tensor = self.state.all_keys()
+        return keys.float()
+
+    def by_slot(self) -> list[tuple[Tensor, float]]:
+        """What is known of each slot of the cache, the slots last, and what stands where there is none."""
+        return []
 
     def unit_keys(self, pool: PoolPlan) -> Tensor:
         """Keys of a pool by slot [B, K, U * page, D] in float32."""
-        return self.state.keys[:, :, self.state.span(pool)].float()
+        keys: Tensor = self.state.pool_keys(pool)
+        return keys.float()
 
     def unit_values(self, pool: PoolPlan) -> Tensor:
         """Values of a pool by slot [B, K, U * page, D] in float32."""
-        return self.state.values[:, :, self.state.span(pool)].float()
+        values: Tensor = self.state.pool_values(pool)
+        return values.float()
 
 
 def masked_softmax(logits: Tensor, domain: Tensor | None) -> Tensor:
@@ -154,8 +161,12 @@ class NewestQuery(Sight):
 
     @classmethod
     def of(cls, state: Any, query: Tensor, hidden: Tensor, scaling: float) -> NewestQuery:
-        logits = scaled_logits(query, state.keys, hidden, scaling)
+        logits = scaled_logits(query, state.all_keys(), hidden, scaling)
         return cls(state, scaling, {}, query, logits, masked_softmax(logits, None))
+
+    def by_slot(self) -> list[tuple[Tensor, float]]:
+        known = ((self.all_logits, float("-inf")), (self.probabilities, 0.0), (self.read, False))
+        return [(seen, nothing) for seen, nothing in known if seen is not None]
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         self._check_logits(leaf)
@@ -221,6 +232,10 @@ class EveryQuery(Sight):
     probabilities: Tensor | None = None
     scores: PromptScores = prompt_scores
 
+    def by_slot(self) -> list[tuple[Tensor, float]]:
+        known: list[tuple[Tensor, float]] = [(self.position, -1)]
+        return known if self.probabilities is None else [*known, (self.probabilities, 0.0)]
+
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if self.probabilities is not None and sums_probabilities(leaf):
             return reduce_heads(self.probabilities[..., self.state.span(pool)], leaf.heads)
@@ -269,6 +284,9 @@ class LastQueries(Sight):
     query_position: Tensor = None  # type: ignore[assignment]
     position: Tensor = None  # type: ignore[assignment]
 
+    def by_slot(self) -> list[tuple[Tensor, float]]:
+        return [(self.position, -1)]
+
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         def reduce(logits: Tensor, some: slice) -> Tensor:
             return masked_softmax(logits.amax(1, keepdim=True) if leaf.heads == "logits-max" else logits, None)
@@ -277,13 +295,13 @@ class LastQueries(Sight):
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span = self.state.span(pool)
-        logits = finite(self._dot(self.query, self.state.keys[:, :, span], self.position[:, :, span]))
+        logits = finite(self._dot(self.query, self.state.pool_keys(pool), self.position[:, :, span]))
         return reduce_heads(self._mean(logits), leaf.heads)
 
     def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
         domain = self.domain(pool, leaf)
         position = self.position if domain is None else torch.where(domain, self.position, -1)
-        logits = self._dot(self.query, self.state.keys, position)
+        logits = self._dot(self.query, self.state.all_keys(), position)
         values = reduce(logits.flatten(0, 1), slice(None)).unflatten(0, logits.shape[:2])
         return reduce_heads(self._mean(values)[..., self.state.span(pool)], leaf.heads)
 
