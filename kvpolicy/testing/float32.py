@@ -59,8 +59,8 @@ def signal_grain(leaf: ScorerPlan) -> str:
     """How float32 holds a score before hit and memory: exactly, or up to a share of its own or of the greatest."""
     if leaf.norm == "softmax" or leaf.signal in OWN:
         return "own"
-    if leaf.signal == "lag" and leaf.memory[0] not in ("none", "last-hit"):
-        return "greatest"
+    if leaf.signal == "lag" and (leaf.smooth or leaf.norm or leaf.memory[0] not in ("none", "last-hit")):
+        return "greatest"  # ranks below 0 and ones above it: a mean or a sum of them can be small
     if leaf.signal in ("recency", "random", "lag"):
         return "exact" if leaf.smooth is None and leaf.norm is None else "own"
     return "greatest"
