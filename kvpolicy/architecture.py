@@ -40,6 +40,7 @@ class Architecture:
     decoder: where the base model keeps its text decoder; "" where it is one itself.
     layers: where that decoder keeps its list of layers.
     attention: where a decoder layer keeps its attention module.
+    rotary: where the decoder keeps its rotary embedding.
     governs: config of the decoder -> the layers whose cache a policy may own; the policy numbers its layers over these.
     way_out: what to do about a config some of whose layers are not among them.
     image_token: what the base model's config calls the id that stands for an image's token; "" where it sees no images.
@@ -50,6 +51,7 @@ class Architecture:
     decoder: str = ""
     layers: str = "layers"
     attention: str = "self_attn"
+    rotary: str = "rotary_emb"
     governs: Callable[[Any], tuple[int, ...]] = full_attention
     way_out: str = ""
     image_token: str = ""

@@ -3,11 +3,13 @@
 from kvpolicy.attention.columns import newest_queries, prompt_scores, reduce_heads
 from kvpolicy.attention.paged import attend_pages
 from kvpolicy.attention.parts import attend_part, merge_parts
+from kvpolicy.attention.rotation import Rotation, turn
 from kvpolicy.attention.torch_backend import attend_slots, scaled_logits
 from kvpolicy.attention.torch_prompt import Reduce, attend_prompt, attend_prompt_and_sum, column_sums
 
 __all__ = [
     "Reduce",
+    "Rotation",
     "attend_pages",
     "attend_part",
     "attend_prompt",
@@ -19,4 +21,5 @@ __all__ = [
     "prompt_scores",
     "reduce_heads",
     "scaled_logits",
+    "turn",
 ]

@@ -162,9 +162,16 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"  this cache  {picture.bar(plan.bytes, most)} {mib(plan.bytes)}, {books}"
     yield from wrapped(
         f"While the prompt is read, one layer at a time holds up to {plural(plan.prompt_peak, 'token')}: its slots and "
-        "the prompt beside them, until the prompt's end decides who stays.",
+        f"{_beside_slots(plan)}.",
         "  ",
     )
+
+
+def _beside_slots(plan: Plan) -> str:
+    chunk = plan.prompt_chunk
+    if chunk is None or plan.prompt[1] <= chunk:
+        return "the prompt beside them, until the prompt's end decides who stays"
+    return f"what they hold and {plural(chunk, 'token')} of the prompt beside them, until the chunk's end decides"
 
 
 def _layers(indices: list[int]) -> str:

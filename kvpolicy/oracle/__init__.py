@@ -8,7 +8,8 @@ queries, keys and values by position; a pool is a list of pages; a page is a lis
 Where the language leaves a choice, the oracle reads it so:
 
 - A row that brings no token to a pass is untouched by it, except that a turn's first pass closes its open pages.
-- ``prompt_chunk``: the caller feeds the chunks (``more=True`` but for the last), and an update follows each of them.
+- ``prompt_chunk``: the caller feeds the chunks (``more=True`` but for the last), and an update follows each that
+  brought the row a token. A chunk is so many of a row's own tokens: padding takes no part.
 - A unit enters its pool, and its memory starts, with its first token.
 - A pool fed by ``to`` takes over units whole, in order of position; its ``first`` and ``window`` are counted among its
   residents, and no page of it is open. What was just moved there takes part in the destination's update of the same

@@ -68,7 +68,7 @@ class OracleLayer:
         """One pass; ``Oracle.step`` says what everything is."""
         if scaling is not None:
             self.text.scaling = scaling
-        for head, pools in enumerate(() if self.in_turn else self.heads):
+        for head, pools in enumerate(() if self.in_turn and not self.updates_chunks else self.heads):
             for pool in pools.values():  # what earlier passes left in few bits is read so from now on
                 for what, vectors in (("keys", self.text.keys), ("values", self.text.values)):
                     if vectors is not None:
@@ -127,7 +127,8 @@ class OracleLayer:
         self.t += new if kind == "generated" else 0
         self.prompt_len += new if kind == "prompt" else 0
         self.heard = new if kind == "generated" else self.heard + new
-        self.now = Pass(kind, new, fires=self.heard > 0 and (not self.in_turn or self.updates_chunks))
+        ends = new > 0 if kind == "prompt" and self.updates_chunks else self.heard > 0 and not self.in_turn
+        self.now = Pass(kind, new, fires=ends)
 
     def _admit(self, special: Sequence[bool] | None, modality: Sequence[str | None] | None) -> None:
         """1. Pools are read top-down; the first that admits a token takes it. Only tokens of a prompt have traits."""

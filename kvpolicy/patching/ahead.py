@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvpolicy.attention import Rotation
 from kvpolicy.patching.attention import register
 from kvpolicy.plan import Plan
 from kvpolicy.runtime import PolicyCache
@@ -37,7 +38,8 @@ Notify = Callable[[str], None]
 class Job:
     """All that another process needs: a decoder layer on no device, a plan of that layer alone, and inputs.
 
-    hidden, rotation: shape and dtype of what the layer is called with; compiler: the backend of torch.compile.
+    hidden, rotation: shape and dtype of what the layer is called with; compiler: the backend of torch.compile; turns:
+    how keys rotate, where positions are compact.
     """
 
     layer: nn.Module
@@ -52,6 +54,7 @@ class Job:
     training: bool
     inference: bool
     threads: int
+    turns: Rotation | None
 
     def run(self) -> None:
         """Compile, in the process that this was sent to."""
@@ -59,7 +62,7 @@ class Job:
         torch.set_num_threads(self.threads)
         layer = self.layer.to_empty(device=self.device).train(self.training)
         with torch.inference_mode(False):
-            cache = PolicyCache(self.plan, device=self.device, backend=self.backend)
+            cache = PolicyCache(self.plan, device=self.device, backend=self.backend, rotation=self.turns)
         hidden = torch.zeros(self.hidden[0], dtype=self.hidden[1], device=self.device)
         # Two tensors and not one twice: torch would compile for that.
         angles = tuple(torch.zeros(self.rotation[0], dtype=self.rotation[1], device=self.device) for _ in range(2))
@@ -165,6 +168,7 @@ def _job(layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor, comp
         training=layer.training,
         inference=torch.is_inference_mode_enabled(),
         threads=torch.get_num_threads(),
+        turns=None if kv_layer.parts[0].compact is None else kv_layer.parts[0].compact.rotation,
     )
 
 

@@ -11,8 +11,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
+from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import CacheError, PolicyError, UsageError
+from kvpolicy.patching.checks import decoder_of
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
+from kvpolicy.patching.rotary import rotation_of
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 
@@ -36,7 +39,11 @@ def geometry_of(model: Any, patch: Patch) -> ModelGeometry:
 
 def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
-    return {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
+    settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
+    if patch.policy.positions == "compact":
+        architecture = architecture_of(model.config.model_type)
+        settings["rotation"] = rotation_of(model, decoder_of(model, architecture), architecture)
+    return settings
 
 
 @dataclass

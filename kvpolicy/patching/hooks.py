@@ -47,10 +47,15 @@ class ModelHook:
         """Tell the cache what is coming, and leave nothing in the arguments that grows."""
         self._check(model, cache, inputs.shape[0], given)
         seen, columns = cache.get_seq_length(), inputs.shape[1]
+        # What the model would count itself, had the pass not been opened yet.
+        places = torch.arange(seen, seen + columns, device=inputs.device)[None]
         if not cache.opened_ahead:
-            cache.begin(columns, newest_validity(given.get("attention_mask"), columns))
-        if given.get("position_ids") is None:  # what the model would count itself, had the pass not been opened yet
-            given["position_ids"] = torch.arange(seen, seen + columns, device=inputs.device)[None]
+            valid = newest_validity(given.get("attention_mask"), columns)
+            if cache.rotation is not None:  # keys are turned from where they stand in their row
+                places = cache.coming(columns, valid)
+            cache.begin(columns, valid)
+        if given.get("position_ids") is None:
+            given["position_ids"] = places
         # The cache knows what is padding and what is causal. A 4-D mask passes through transformers untouched, so
         # neither the growing 2-D mask nor an N x N one is ever made; nothing reads this one.
         given["attention_mask"] = inputs.new_empty((1, 1, 1, 1), dtype=torch.bool)

@@ -20,6 +20,7 @@ from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
 from kvpolicy.patching.lengths import Room
+from kvpolicy.patching.rotary import check_rotation
 from kvpolicy.patching.traits import TraitHook
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
@@ -111,6 +112,8 @@ def apply(
     room.check(policy, geometry)
     wanted = model.device.type == "cuda" if compile is None else compile
     layers = decoder_layers(model, architecture)
+    if policy.positions == "compact":
+        check_rotation(model, decoder, architecture, getattr(layers[0], architecture.attention))
     if wanted:
         check_forwards(layers)
     compiler = _compiler(wanted)

@@ -59,7 +59,8 @@ def make_plan(
             "a plan needs batch >= 1, turns >= 1, 0 <= fewest <= most prompt tokens and max_new_tokens >= 0; "
             f"got batch {batch}, turns {turns}, prompt {low}..{high}, max_new_tokens {max_new_tokens}"
         )
-    lengths = Lengths((low, high), max_new_tokens, turns, geometry.kv_heads)
+    chunk = _prompt_chunk(policy, geometry, max_new_tokens)
+    lengths = Lengths((low, high), max_new_tokens, turns, geometry.kv_heads, chunk is not None)
     layers = [_plan_layer(policy, geometry, index, lengths) for index in range(geometry.layers)]
     streams = _streams(layers)
     layers = [_number_streams(layer, streams) for layer in layers]
@@ -74,9 +75,17 @@ def make_plan(
         layers=tuple(layers),
         streams=streams,
         clocks=clock_buffers(streams, batch, high + max_new_tokens if pins_special(layers) else 0),
+        prompt_chunk=chunk,
     )
     _check_total(plan, lengths)
     return plan
+
+
+def _prompt_chunk(policy: Policy, geometry: ModelGeometry, generated: int) -> int | None:
+    if policy.prompt_chunk is None:
+        return None
+    known = {"layers": Fraction(geometry.layers), "max_new_tokens": Fraction(generated)}
+    return _whole(policy, policy.prompt_chunk, known, ("prompt_chunk",), 1)
 
 
 def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Lengths) -> LayerPlan:
@@ -87,14 +96,15 @@ def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Le
     }
     per_head = [policy.pools_for(index, geometry.layers, head) for head in range(geometry.kv_heads)]
     resolved = [_layer_pools(policy, pools, known, lengths) for pools in per_head]
-    groups = []
+    compact, groups = policy.positions == "compact", []
     for pools, order in dict.fromkeys(resolved):
         for pool in pools:
             if pool.store is not None and geometry.head_dim * pool.store.bits % 8:
                 reason = f"{pool.store.bits} bits do not fill whole bytes where heads have {geometry.head_dim} channels"
                 raise _refusal(policy, ("pools", pool.name, "store", "bits"), reason, "store more bits")
         members = tuple(head for head, other in enumerate(resolved) if other == (pools, order))
-        groups.append(LayerPlan(index, per_head[members[0]] is None, pools, order, members=members))
+        dense = per_head[members[0]] is None
+        groups.append(LayerPlan(index, dense, pools, order, members=members, compact=compact))
     if len(groups) == 1:
         return replace(groups[0], members=())
     largest = max(groups, key=lambda group: group.slots)
@@ -257,7 +267,8 @@ def _whole(policy: Policy, quantity: Quantity, known: Known, where: Path, least:
     number = _number(policy, quantity, known, where)
     whole = number.numerator // number.denominator
     if whole < least:
-        raise _refusal(policy, where, f"`{quantity.text}` is {whole} in layer {known['layer']}; the least is {least}")
+        place = f" in layer {known['layer']}" if "layer" in known else ""
+        raise _refusal(policy, where, f"`{quantity.text}` is {whole}{place}; the least is {least}")
     return whole
 
 
@@ -324,7 +335,7 @@ def _check_total(plan: Plan, lengths: Lengths) -> None:
     if plan.policy.total is None:
         return
     high = lengths.prompt[1]
-    longest = replace(lengths, prompt=(high, high))
+    longest = replace(lengths, prompt=(high, high), chunked=False)
     for layer in plan.layers:
         known = {"layer": Fraction(layer.index), "layers": Fraction(plan.geometry.layers)}
         known["max_new_tokens"] = Fraction(lengths.generated)

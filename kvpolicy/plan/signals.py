@@ -32,8 +32,11 @@ def layer_needs(layer: LayerPlan) -> frozenset[str]:
 
 
 def reads_bounds(layer: LayerPlan, pool: PoolPlan) -> bool:
-    """Whether page bounds must be kept for this pool: its own scorer reads them, or another's ranks the whole cache."""
-    if pool.page == 1:
+    """Whether page bounds must be kept for this pool: its own scorer reads them, or another's ranks the whole cache.
+
+    Where ranks are positions, keys turn at every pass, and bounds are found when they are asked for.
+    """
+    if pool.page == 1 or layer.compact:
         return False
     for other in layer.pools:
         leaves = list(scoring_leaves(other)) + (list(other.read.scorer.leaves()) if other.read else [])

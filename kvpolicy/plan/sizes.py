@@ -13,16 +13,23 @@ from kvpolicy.plan.structure import PoolPlan, admitted
 @dataclass(frozen=True)
 class Lengths:
     """The lengths a plan is made for: prompt tokens of a row (fewest when its first turn ends, most over all turns),
-    generated tokens, prompt turns; and over how many KV heads a budget may be shared out."""
+    generated tokens, prompt turns; over how many KV heads a budget may be shared out; and whether prompts are
+    ``chunked``, so that updates meet the beginning of one, too."""
 
     prompt: tuple[int, int]
     generated: int
     turns: int = 1
     kv_heads: int = 1
+    chunked: bool = False
+
+    @property
+    def fewest(self) -> int:
+        """The fewest prompt tokens that a row has read at an update."""
+        return min(1, self.prompt[0]) if self.chunked else self.prompt[0]
 
     def ranges(self) -> dict[str, Range]:
-        """What the clocks in an expression may read, from the end of the prompt to the last generated token."""
-        low, high = self.prompt
+        """What the clocks in an expression may read, from the first update to the last generated token."""
+        low, high = self.fewest, self.prompt[1]
         return {
             "t": Range(Fraction(0), Fraction(self.generated)),
             "prompt_len": Range(Fraction(low), Fraction(high)),
@@ -111,7 +118,7 @@ def _fewest(pool: PoolPlan, pools: tuple[PoolPlan, ...], ranges: dict[str, Range
     others = frozenset().union(*(other.admits for other in pools)) - {"prompt", "generated"}
     if "prompt" not in pool.admits or others:  # special tokens and images may go to another pool
         return 0
-    prompt = in_pages(lengths.prompt[0], pool.page)
+    prompt = in_pages(lengths.fewest, pool.page)
     if pool.budget is None:
         return prompt
     if pool.scope == "across-heads":  # a head may lose what another wins
@@ -132,7 +139,9 @@ def _within_budget(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths) -
 def _protected(pool: PoolPlan, ranges: dict[str, Range], ever: int, special: int) -> int:
     """The most whole-page tokens that may be safe from eviction at once; ``special`` of them by their trait."""
     if pool.pin_survivors:
-        return ever
+        # Where nothing else is safe, survivors were within the budget once: no more of them than its greatest value.
+        alone = pool.page == 1 and not pool.pin_special and pool.scope != "across-heads"
+        return 0 if alone and pool.window is None and pool.first is None else ever
     tokens = special if pool.pin_special else 0
     for quantity in (pool.window, pool.first):
         if quantity is None:

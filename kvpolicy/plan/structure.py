@@ -194,6 +194,7 @@ class LayerPlan:
     Where an override names heads, ``heads`` holds the pools per KV head, and ``groups`` a plan for the ``members`` that
     have equal pools, with slots of their own; ``pools`` are then those of the group that keeps most. ``buffers`` is
     everything the runtime allocates for the layer, so the bytes that are printed are the bytes that are allocated.
+    ``compact``: in each pass keys and queries stand at their ranks.
     """
 
     index: int
@@ -204,6 +205,7 @@ class LayerPlan:
     buffers: tuple[Buffer, ...] = ()
     groups: tuple[LayerPlan, ...] = ()
     members: tuple[int, ...] = ()
+    compact: bool = False
 
     @property
     def every_pool(self) -> tuple[PoolPlan, ...]:
@@ -246,7 +248,8 @@ class LayerPlan:
 class Plan:
     """Policy + geometry + lengths, as numbers. ``prompt`` is the (fewest, most) prompt tokens a row may bring.
 
-    ``turns`` is how many prompt turns the cache is planned for (each may leave a page half full).
+    ``turns`` is how many prompt turns the cache is planned for (each may leave a page half full). ``prompt_chunk``
+    tokens of a row are read at once, with an update after them; None where the whole prompt is.
     """
 
     policy: Policy
@@ -258,6 +261,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     streams: tuple[Stream, ...]
     clocks: tuple[Buffer, ...]
+    prompt_chunk: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -278,8 +282,12 @@ class Plan:
 
     @property
     def prompt_peak(self) -> int:
-        """Tokens a layer holds while it reads the longest prompt, per row and KV head, before it drops any."""
-        return max(layer.slots for layer in self.layers) + self.prompt[1]
+        """Tokens a layer has room for while it reads the longest prompt, per row and KV head: its slots, and beside
+        them the prompt, or a chunk of it together with what the slots hold."""
+        slots, (_, longest) = max(layer.slots for layer in self.layers), self.prompt
+        if self.prompt_chunk is None or longest <= self.prompt_chunk:
+            return slots + longest
+        return 2 * slots + self.prompt_chunk
 
     @property
     def traits(self) -> frozenset[str]:

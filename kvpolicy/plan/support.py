@@ -22,10 +22,6 @@ def check_supported(plan: Plan) -> None:
 
 def unsupported(plan: Plan) -> Iterator[str]:
     """Every reason why the runtime would refuse this plan, in reading order."""
-    if plan.policy.positions != "absolute":
-        yield f"positions: {plan.policy.positions}"
-    if plan.policy.prompt_chunk is not None:
-        yield "prompt_chunk"
     for layer in plan.layers:
         yield from _layer(layer)
 
@@ -34,6 +30,8 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
     for pool in layer.every_pool:
         if layer.groups and pool.scope != "kv-head":
             yield f"pool {pool.name}: evict scope {pool.scope} beside overrides for single heads"
+        if layer.compact and (pool.to is not None or pool.store is not None):
+            yield f"pool {pool.name}: units that move, or are stored in few bits, beside positions: compact"
         yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
     yield from _numbers_that_change(layer)
 

@@ -44,21 +44,27 @@ def timeline(plan: Plan, layer: LayerPlan) -> list[PoolTimeline]:
     Special tokens and images are taken to be absent. Pools that another feeds are counted as if each moved unit stayed
     whole.
     """
-    return _Count(plan.prompt[1], layer).run(plan.max_new_tokens)
+    return _Count(plan, layer).run(plan.max_new_tokens)
 
 
 class _Count:
-    def __init__(self, prompt: int, layer: LayerPlan) -> None:
+    def __init__(self, plan: Plan, layer: LayerPlan) -> None:
         self.pools = [_Pool(pool) for pool in layer.pools]
         self.order = [self.pools[index] for index in layer.order]
         self.by_name = {pool.plan.name: pool for pool in self.pools}
-        self.prompt, self.t = prompt, 0
+        self.longest, self.chunk = plan.prompt[1], plan.prompt_chunk or max(1, plan.prompt[1])
+        self.prompt = self.t = 0
 
     def run(self, steps: int) -> list[PoolTimeline]:
-        self._pass("prompt", self.prompt)
+        for start in range(0, max(1, self.longest), self.chunk):
+            tokens = min(self.chunk, self.longest - start)
+            self.prompt += tokens
+            self._pass("prompt", tokens)
+        self._note()
         for t in range(1, steps + 1):
             self.t = t
             self._pass("generated", 1)
+            self._note()
         return [pool.line for pool in self.pools]
 
     def _pass(self, kind: str, tokens: int) -> None:
@@ -69,6 +75,8 @@ class _Count:
             cadence = pool.plan.cadence
             if kind == "prompt" or (cadence and self.t % cadence == 0):
                 self._update(pool)
+
+    def _note(self) -> None:
         for pool in self.pools:
             pool.note()
 

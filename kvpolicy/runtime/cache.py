@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvpolicy.attention import Rotation
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
+from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
 from kvpolicy.runtime.split import SplitLayer
@@ -29,6 +31,7 @@ class PolicyCache(Cache):
         device: where the slots lie. They have the plan's dtype.
         backend: who computes attention in generated passes: "torch", "triton", or "auto", which is triton on a GPU
             where it can run. ``cache.backend`` says what was chosen, ``cache.backend_reason`` why.
+        rotation: the model's, for ``positions: compact``; ``Rotation.none()`` for numbers that carry none.
 
     Raises:
         UsageError: the policy says what this runtime cannot do yet, or triton was asked for where it cannot run.
@@ -43,8 +46,16 @@ class PolicyCache(Cache):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        rotation: Rotation | None = None,
     ) -> None:
         check_supported(plan)
+        compact = any(layer.compact for layer in plan.layers)
+        self.rotation = rotation if compact else None
+        if rotation is None and compact:
+            raise CacheError(
+                f"{plan.policy.name} has compact positions, for which keys are turned as the model rotates them: make "
+                "its cache with kvpolicy.cache_for(model), or say how it does, PolicyCache(plan, rotation=…)"
+            )
         stored = TORCH_DTYPES[plan.geometry.dtype]
         if dtype is not None and dtype != stored:
             raise CacheError(f"this plan stores {plan.geometry.dtype}, the model computes in {dtype}; plan for {dtype}")
@@ -55,7 +66,7 @@ class PolicyCache(Cache):
         self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
         layers = [
             (SplitLayer if layer.groups else PolicyLayer)(
-                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend
+                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation
             )
             for layer in plan.layers
         ]
@@ -132,6 +143,15 @@ class PolicyCache(Cache):
         in_turn = self.turn_columns > 0 or self.expected is not None
         return "generated" if columns == 1 and self.clocks.columns > 0 and not in_turn else "prompt"
 
+    def coming(self, columns: int, valid: Tensor | None = None) -> Tensor:
+        """Where the columns of the next pass will stand in their rows' text [B, N]; padding goes with what follows it.
+
+        ``valid`` as ``begin`` takes it.
+        """
+        brought = torch.ones(self.plan.batch, columns, device=self.device) if valid is None else valid.to(self.device)
+        before = self.clocks.prompt_len + self.clocks.t
+        return before[:, None] + (brought.bool().long().cumsum(1) - 1).clamp(min=0)
+
     def tell(self, *, special: Tensor | None = None, modality: Tensor | None = None) -> None:
         """Say of what kind the tokens of the next pass are, as ``begin`` takes it, before the pass is opened.
 
@@ -194,8 +214,11 @@ class PolicyCache(Cache):
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
-        moment.position, moment.places = self.clocks.prompt(valid, traits)
-        moment.traits = traits
+        moment.traits, moment.chunks = traits, ()
+        if self.plan.prompt_chunk is None:
+            moment.position, moment.places = self.clocks.prompt(valid, traits)
+        else:
+            moment.chunks = cut(self.clocks, valid, traits, self.plan.prompt_chunk)
         if not more:
             self.clocks.close_turn()
             self.turn_columns, self.expected = 0, None

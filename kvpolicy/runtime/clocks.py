@@ -35,7 +35,8 @@ class StreamClock:
     ``seen`` tokens ever admitted; ``fill`` tokens in the newest page (the page size where it is closed); ``opened``
     counts the units that generated tokens have opened; ``ordinal`` is the newest generated token's place in the order.
     ``turn_tokens`` are the prompt tokens of the turn at hand. ``host_fills`` are the values that ``fill`` may have in
-    some row, known without asking the device; ``turn_room`` is at least the most turn tokens of any row.
+    some row, known without asking the device; ``turn_room`` is at least the most turn tokens of any row that wait in
+    the workspace: all but the ``heard`` ones, which an update in the middle of the turn has been over.
     """
 
     stream: Stream
@@ -48,6 +49,7 @@ class StreamClock:
         self.host_fills = {self.stream.page}
         self.opened_now = False
         self.turn_tokens = torch.zeros_like(self.seen)
+        self.heard = torch.zeros_like(self.seen)
         self.turn_room = 0
 
     def reset(self) -> None:

@@ -7,7 +7,7 @@ the plan's numbers and on ``moment.kind``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.attention import (
+    Rotation,
     attend_pages,
     attend_part,
     attend_prompt,
@@ -32,7 +33,9 @@ from kvpolicy.attention.kernels.library import prompt_scores as kernel_prompt_sc
 from kvpolicy.attention.kernels.ops import attend_slots as decode_attention
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, Plan, PoolPlan, needs, scoring_leaves
+from kvpolicy.runtime.chunks import Chunk, attend_in_chunks
 from kvpolicy.runtime.clocks import Clocks, Places
+from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.evict import Leave, drop_all_at_once, drop_some, fires, record_size
 from kvpolicy.runtime.fused import Fusion
 from kvpolicy.runtime.moving import move
@@ -53,7 +56,8 @@ class Moment:
 
     For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which of them
     have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
-    empty and nothing is padded (``whole``), and whether it is the turn's first pass.
+    empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
+    update follows each.
     ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
     """
 
@@ -68,6 +72,14 @@ class Moment:
     empty: bool = False
     plan: Plan | None = None
     kinds: tuple[str, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    def at(self, number: int) -> Moment:
+        """The same for one of its chunks alone, which ends as a turn does."""
+        chunk, begins = self.chunks[number], number == 0
+        whole, empty = self.whole and begins, self.empty and begins
+        own = {"position": chunk.position, "places": chunk.places, "traits": chunk.traits}
+        return replace(self, columns=chunk.valid.shape[1], more=False, whole=whole, empty=empty, chunks=(), **own)
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -81,7 +93,8 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     shows_reading = False
     """Whether generated passes tell in ``chosen`` which units they read of each pool that selects [B, K, P], and in
-    ``attended`` the positions that were resident then [B, K, S]: for who looks on, at a price."""
+    ``attended`` the positions that were resident then [B, K, S], and prompt passes in ``after_chunks`` those that were
+    after each chunk: for who looks on, at a price."""
 
     def __init__(
         self,
@@ -91,6 +104,7 @@ class PolicyLayer(CacheLayerMixin):
         moment: Moment,
         device: Any,
         backend: str = TORCH,
+        rotation: Rotation | None = None,
     ) -> None:
         super().__init__()
         self.geometry = geometry
@@ -98,7 +112,9 @@ class PolicyLayer(CacheLayerMixin):
         self.clocks = clocks
         self.moment = moment
         self.device = torch.device(device)
+        self.compact = Compact(rotation or Rotation.none(), self.device) if plan.compact else None
         self.turn: Turn | None = None
+        self.after_chunks: list[Tensor] = []
         self.is_initialized = True
         self._adopt(plan)
 
@@ -127,9 +143,10 @@ class PolicyLayer(CacheLayerMixin):
         """Its heads in groups of equal pools: one here, more in a ``SplitLayer``."""
         return [self]
 
-    def positions(self) -> Tensor:
-        """Kept positions by slot [B, K, S], -1 where a slot is empty."""
-        return self.state.position.long()
+    def positions(self, chunk: int | None = None) -> Tensor:
+        """Kept positions by slot [B, K, S], -1 where a slot is empty: now, or after a chunk of the last prompt pass,
+        where somebody looks on."""
+        return (self.state.position if chunk is None else self.after_chunks[chunk]).long()
 
     def replan(self, plan: LayerPlan) -> None:
         """Take new sizes and keep what is resident."""
@@ -182,6 +199,8 @@ class PolicyLayer(CacheLayerMixin):
                 "as a whole, or a decoder layer called by hand); call cache.begin(columns) before each pass, or let "
                 "kvpolicy compile it: kvpolicy.apply(model, policy, compile=True)"
             )
+        if kind == PROMPT and self.moment.chunks:
+            return attend_in_chunks(self, query, key, value, self._prompt, scaling)
         if kind == PROMPT:
             return self._prompt(query, key, value, scaling)
         return self._token(query, key, value, scaling, kind)
@@ -195,19 +214,22 @@ class PolicyLayer(CacheLayerMixin):
         if self.fused is not None:
             return self.fused(query, key, value, scaling, kind == UPDATE)
         self._admit(key, value)
+        query, keys = self._at_ranks(query, self.clocks.position[:, None], state)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         attend = self._attend_to_chosen if self.readers else self._attend_to_all
-        out, sight = attend(grouped, scaling, kind)
+        out, sight = attend(grouped, keys, scaling, kind)
         self._learn_and_drop(sight, kind == UPDATE)
         if self.arrival is not None and self.arrival.store is not None:
             settle(state, self.arrival)
         return rearrange(out, "b k g d -> b 1 (k g) d")
 
-    def _attend_to_all(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
+    def _attend_to_all(
+        self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
+    ) -> tuple[Tensor, NewestQuery]:
         """Step 3 where every resident is read: attention of one query a row [B, K, G, D]."""
         state, wanted = self.state, self.reads_logits[kind]
-        sight = NewestQuery(state, scaling, {}, query)
-        keys, values = state.all_keys(), state.all_values()
+        sight = NewestQuery(state, scaling, {}, query, turned=turned)
+        keys, values = sight.keys, state.all_values()
         if self.backend == TRITON:
             out, logits = decode_attention(query, keys, values, state.position, scaling, wanted)
             if wanted:
@@ -219,16 +241,25 @@ class PolicyLayer(CacheLayerMixin):
             out = F.scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
         return out, sight
 
-    def _attend_to_chosen(self, query: Tensor, scaling: float, kind: str) -> tuple[Tensor, NewestQuery]:
+    def _at_ranks(self, query: Tensor, placed: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
+        """Where positions are compact: queries [B, Q, N, D] of the positions ``placed`` [B, N], and the keys, at their
+        ranks among what is resident now. Else the queries as they are, and None."""
+        if self.compact is None:
+            return query, None
+        return self.compact.queries(query, placed, state.position), self.compact.keys(state.all_keys(), state.position)
+
+    def _attend_to_chosen(
+        self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
+    ) -> tuple[Tensor, NewestQuery]:
         """Steps 2 and 3 where pools select: attention of one query a row [B, K, G, D] over what is read.
 
         Unless a scorer needs the logits of every slot, those that are not read are never touched.
         """
         state, clocks = self.state, self.clocks
         hidden = state.position < 0
-        sight = NewestQuery(state, scaling, {}, query)
+        sight = NewestQuery(state, scaling, {}, query, turned=turned)
         if self.reads_logits[kind] or any(reader.reads_logits for reader in self.readers):
-            sight = NewestQuery.of(state, query, hidden, scaling)
+            sight = NewestQuery.of(state, query, hidden, scaling, turned)
         values = readings(state, clocks)
         chosen = {reader.name: reader.choose(state, clocks, values, sight) for reader in self.readers}
         sight.candidates = {}
@@ -242,10 +273,9 @@ class PolicyLayer(CacheLayerMixin):
         parts = []
         for pools in self.stretches:
             span = slice(pools[0].offset, pools[-1].offset + pools[-1].capacity)
-            if pools[0].store is None:
-                given = (query, state.keys[:, :, span], state.values[:, :, span])
-            else:
-                given = (query, state.pool_keys(pools[0]), state.pool_values(pools[0]))
+            whole = pools[0].store is None
+            keys = (state.keys if turned is None else turned)[:, :, span] if whole else sight.keys_of(pools[0])
+            given = (query, keys, state.values[:, :, span] if whole else state.pool_values(pools[0]))
             if pools[0].name in chosen:
                 index = chosen[pools[0].name].int()
                 parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
@@ -343,9 +373,10 @@ class PolicyLayer(CacheLayerMixin):
             queries, placed = self.state.tensors["queries"], self.state.tensors["query_position"]
             if last < queries.shape[2]:
                 queries, placed = newest_queries(queries, placed, last)
-            sights[str(last)] = LastQueries(
-                state, seen.scaling, seen.candidates, queries, placed, position, read=seen.read
-            )
+            if self.compact is not None:
+                queries = self.compact.queries(queries, placed, position)
+            own = {"read": seen.read, "turned": seen.turned}
+            sights[str(last)] = LastQueries(state, seen.scaling, seen.candidates, queries, placed, position, **own)
         return sights
 
     # A prompt pass ------------------------------------------------------------------------------------------------
@@ -358,16 +389,19 @@ class PolicyLayer(CacheLayerMixin):
         self.turn.widen(self.policies, self.clocks)
         self.turn.admit(key, value, moment.position, moment.places, self.clocks, self.policies)
         wide, sums = self.turn.state, None
+        if "queries" in self.state.tensors:
+            self._remember_queries(query, moment.position)
+        keys = wide.keys
+        if self.compact is not None and not moment.empty:  # in an empty cache ranks are positions
+            query, keys = self._at_ranks(query, moment.position, wide)
         if self.sums_prompt:
-            out, sums = self._attend_and_sum(query, wide, scaling)
+            out, sums = self._attend_and_sum(query, keys, wide, scaling)
         elif moment.whole:
             grouped = query.shape[1] > key.shape[1]
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
-            out = attend_prompt(query, wide.keys, wide.values, moment.position, wide.position, scaling)
-        if "queries" in self.state.tensors:
-            self._remember_queries(query, moment.position)
-        self._learn_and_drop_prompt(query, wide, scaling, sums)
+            out = attend_prompt(query, keys, wide.values, moment.position, wide.position, scaling)
+        self._learn_and_drop_prompt(query, keys, wide, scaling, sums)
         if not moment.more:
             pack(self.turn.state, self.state, self.clocks)
             self.turn = None
@@ -382,7 +416,7 @@ class PolicyLayer(CacheLayerMixin):
         window[row, :, slot] = newest[row, :, which]
         placed[row, slot] = place[row, which].to(placed.dtype)
 
-    def _attend_and_sum(self, query: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
+    def _attend_and_sum(self, query: Tensor, keys: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
         moment = self.moment
         assert moment.position is not None
@@ -392,7 +426,7 @@ class PolicyLayer(CacheLayerMixin):
         span = wide.span(pools[0]) if in_order else slice(None)
         out, found = attend_prompt_and_sum(
             query,
-            wide.keys[:, :, span],
+            keys[:, :, span],
             wide.values[:, :, span],
             moment.position,
             wide.position[:, :, span],
@@ -404,7 +438,9 @@ class PolicyLayer(CacheLayerMixin):
         sums[..., span] = found
         return out, sums
 
-    def _learn_and_drop_prompt(self, query: Tensor, wide: LayerState, scaling: float, sums: Tensor | None) -> None:
+    def _learn_and_drop_prompt(
+        self, query: Tensor, keys: Tensor, wide: LayerState, scaling: float, sums: Tensor | None
+    ) -> None:
         """Steps 4 and 5 of a prompt pass, on the turn's workspace; only the turn's last pass drops."""
         clocks, last = self.clocks, not self.moment.more
         working = [self.policies[pool.name] for pool in self.ordered if pool.evicts]
@@ -412,7 +448,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         values = readings(wide, clocks)
         candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
-        sights, active = self._prompt_sights(query, wide, scaling, candidates, sums)
+        sights, active = self._prompt_sights(query, keys, wide, scaling, candidates, sums)
         for policy in working:
             policy.observe(sights, clocks, values, active)
         spoken = clocks.turn_tokens > 0  # a row that brought nothing to this turn has had none
@@ -433,6 +469,7 @@ class PolicyLayer(CacheLayerMixin):
     def _prompt_sights(
         self,
         query: Tensor,
+        keys: Tensor,
         wide: LayerState,
         scaling: float,
         candidates: dict[str, Tensor],
@@ -444,7 +481,8 @@ class PolicyLayer(CacheLayerMixin):
         active = (position >= 0).any(1)
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
         scores = kernel_prompt_scores if self.backend == TRITON else prompt_scores
-        every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores)
+        turned = None if self.compact is None else keys
+        every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores, turned=turned)
         working = [self.policies[name] for name in candidates]
         sights = {"all": every, **self._windows(working, wide, before, every)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
@@ -454,7 +492,8 @@ class PolicyLayer(CacheLayerMixin):
         index = newest[:, None, None, None, None].expand(*grouped.shape[:3], 1, grouped.shape[4])
         one = grouped.gather(3, index).squeeze(3)
         hidden = (wide.position < 0) | ~active[:, None, None]
-        current = NewestQuery.of(wide, torch.where(active[:, None, None, None], one, 0.0), hidden, scaling)
+        one = torch.where(active[:, None, None, None], one, 0.0)
+        current = NewestQuery.of(wide, one, hidden, scaling, turned)
         current.candidates = candidates
         return {"current": current, **sights}, active
 

@@ -90,8 +90,8 @@ def _move(old: LayerState, source: PoolPlan, new: LayerState, target: PoolPlan, 
         kept, room = old.tensors[name], new.tensors[name]
         if kept.dim() == 2 or name.endswith(".ring"):
             continue
-        index = slots if name.endswith(".ordinal") else units
-        room[:, :, : index.shape[-1]] = kept[old.rows[..., None], old.heads[..., None], index]
+        inside = slots if name.endswith(".ordinal") else units
+        room[:, :, : inside.shape[-1]] = kept[old.rows[..., None], old.heads[..., None], inside]
 
 
 def _numbers(state: LayerState, pool: PoolPlan, side: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpolicy.attention import Rotation
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry
 from kvpolicy.runtime.clocks import Clocks
@@ -25,7 +26,14 @@ class SplitLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, plan: LayerPlan, geometry: ModelGeometry, clocks: Clocks, moment: Moment, device: Any, backend: str
+        self,
+        plan: LayerPlan,
+        geometry: ModelGeometry,
+        clocks: Clocks,
+        moment: Moment,
+        device: Any,
+        backend: str,
+        rotation: Rotation | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -35,7 +43,7 @@ class SplitLayer(CacheLayerMixin):
         self.device = torch.device(device)
         self.is_initialized = True
         self.parts = [
-            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend)
+            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend, rotation)
             for group in plan.groups
         ]
         self.kv_heads = [torch.tensor(group.members, device=self.device) for group in plan.groups]
@@ -57,9 +65,10 @@ class SplitLayer(CacheLayerMixin):
         for part, group in zip(self.parts, plan.groups, strict=True):
             part.replan(group)
 
-    def positions(self) -> Tensor:
-        """Kept positions by slot [B, K, S], -1 where a slot is empty, or another group has more of them."""
-        held = [part.state.position for part in self.parts]
+    def positions(self, chunk: int | None = None) -> Tensor:
+        """Kept positions by slot [B, K, S], -1 where a slot is empty, or another group has more of them: now, or after
+        a chunk of the last prompt pass."""
+        held = [part.positions(chunk) for part in self.parts]
         most = max(positions.shape[2] for positions in held)
         found = held[0].new_full((held[0].shape[0], sum(map(len, self.kv_heads)), most), -1)
         for heads, positions in zip(self.kv_heads, held, strict=True):

@@ -84,8 +84,9 @@ class Turn:
             if place is not None:
                 self._write(pool, key, value, position, place, clock)
                 self._enter(policies[pool.name], pool)
-                last = self.base[pool.name] + -(-clock.turn_tokens // pool.page) - 1
-                newest = torch.where(clock.turn_tokens[:, None] > 0, last[:, None], newest)
+                fresh = clock.turn_tokens - clock.heard - _left_open(pool, clock)
+                last = self.base[pool.name] + -(-fresh // pool.page) - 1
+                newest = torch.where(fresh[:, None] > 0, last[:, None], newest)
             state.lay_ring(pool, newest + 1, clock.opened)
 
     def _write(
@@ -97,17 +98,23 @@ class Turn:
         place: Tensor,
         clock: StreamClock,
     ) -> None:
-        """The tokens of one pool: those that have a ``place`` [B, N]."""
+        """The tokens of one pool: those that have a ``place`` [B, N].
+
+        They lie behind ``base`` in order, but that what an update in the middle of the turn left open is filled first.
+        """
         state = self.state
         row, column = (place >= 0).nonzero(as_tuple=True)
-        inside = self.base[pool.name] * pool.page + place[row, column]
-        slot = pool.offset + inside
-        state.keys[row, :, slot] = key[row, :, column]
-        state.values[row, :, slot] = value[row, :, column]
-        state.position[row, :, slot] = position[row, column].to(torch.int32)[:, None]
+        behind = (place - (clock.heard + _left_open(pool, clock))[:, None])[row, column][:, None]
+        opened = (self.newest[pool.name][row] + 1) * pool.page
+        inside = behind + torch.where(behind < 0, opened, self.base[pool.name] * pool.page)  # [tokens, K]
+        row = row[:, None]
+        slot = (row, state.heads, pool.offset + inside)
+        state.keys[slot] = key[row, state.heads, column[:, None]]
+        state.values[slot] = value[row, state.heads, column[:, None]]
+        state.position[slot] = position[row, column[:, None]].to(torch.int32).expand_as(inside)
         if pool.needs_ordinals:
-            ordinal = clock.seen[row] - clock.turn_tokens[row] + place[row, column]
-            state.tensors[f"{pool.name}.ordinal"][row, :, inside] = ordinal.to(torch.int32)[:, None]
+            ordinal = (clock.seen - clock.turn_tokens)[row] + place[row, column[:, None]]
+            state.tensors[f"{pool.name}.ordinal"][row, state.heads, inside] = ordinal.to(torch.int32).expand_as(inside)
 
     def _enter(self, policy: PoolPolicy, pool: PoolPlan) -> None:
         """Draw what is drawn at entry; take the bounds of pages from their keys."""
@@ -126,3 +133,8 @@ class Turn:
             some = resident.any(3)
             state.tensors[f"{pool.name}.high"].copy_(torch.where(some, high, 0.0))
             state.tensors[f"{pool.name}.low"].copy_(torch.where(some, low, 0.0))
+
+
+def _left_open(pool: PoolPlan, clock: StreamClock) -> Tensor:
+    """Tokens [B] that the page has room for which an update in the middle of the turn left open; mostly none."""
+    return -clock.heard % pool.page

@@ -80,13 +80,14 @@ class Sight:
 
     ``state`` offers keys, values, positions and buffers (``runtime.state.LayerState``); ``candidates`` maps a pool's
     name to its unprotected resident units [B, K, U]; ``read`` are the slots [B, K, S] that the pass reads, None
-    where it reads all.
+    where it reads all; ``turned`` are the keys at their ranks [B, K, S, D], where positions are compact.
     """
 
     state: Any
     scaling: float
     candidates: dict[str, Tensor] = field(default_factory=dict)
     read: Tensor | None = field(default=None, kw_only=True)
+    turned: Tensor | None = field(default=None, kw_only=True)
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         """Attention mass on the tokens of a pool, heads reduced: [B, K, U * page]."""
@@ -118,19 +119,38 @@ class Sight:
         """
         raise NotImplementedError
 
+    @property
+    def keys(self) -> Tensor:
+        """Keys of the layer by slot [B, K, S, D], as attention reads them."""
+        keys: Tensor = self.state.all_keys() if self.turned is None else self.turned
+        return keys
+
+    def box(self, pool: PoolPlan) -> tuple[Tensor, Tensor]:
+        """Channel-wise greatest and least of the keys of each page, twice [B, K, U, D]."""
+        if self.turned is None:
+            return self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        keys = self.turned[:, :, self.state.span(pool)].unflatten(2, (pool.units, pool.page))
+        held = (self.state.pool_positions(pool) >= 0)[..., None]
+        high, low = (keys.masked_fill(~held, end) for end in (float("-inf"), float("inf")))
+        return tuple(torch.where(held.any(3), edge, 0.0) for edge in (high.amax(3), low.amin(3)))  # type: ignore[return-value]
+
     def all_keys(self) -> Tensor:
         """Keys of the layer by slot [B, K, S, D] in float32."""
-        keys: Tensor = self.state.all_keys()
-        return keys.float()
+        return self.keys.float()
 
     def by_slot(self) -> list[tuple[Tensor, float]]:
         """What is known of each slot of the cache, the slots last, and what stands where there is none."""
         return []
 
+    def keys_of(self, pool: PoolPlan) -> Tensor:
+        """Keys of a pool by slot [B, K, U * page, D], as attention reads them."""
+        span = self.state.span(pool)
+        keys: Tensor = self.state.pool_keys(pool) if self.turned is None else self.turned[:, :, span]
+        return keys
+
     def unit_keys(self, pool: PoolPlan) -> Tensor:
-        """Keys of a pool by slot [B, K, U * page, D] in float32."""
-        keys: Tensor = self.state.pool_keys(pool)
-        return keys.float()
+        """The same in float32."""
+        return self.keys_of(pool).float()
 
     def unit_values(self, pool: PoolPlan) -> Tensor:
         """Values of a pool by slot [B, K, U * page, D] in float32."""
@@ -160,9 +180,9 @@ class NewestQuery(Sight):
     signed: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, state: Any, query: Tensor, hidden: Tensor, scaling: float) -> NewestQuery:
-        logits = scaled_logits(query, state.all_keys(), hidden, scaling)
-        return cls(state, scaling, {}, query, logits, masked_softmax(logits, None))
+    def of(cls, state: Any, query: Tensor, hidden: Tensor, scaling: float, turned: Tensor | None = None) -> NewestQuery:
+        logits = scaled_logits(query, state.all_keys() if turned is None else turned, hidden, scaling)
+        return cls(state, scaling, {}, query, logits, masked_softmax(logits, None), turned=turned)
 
     def by_slot(self) -> list[tuple[Tensor, float]]:
         known = ((self.all_logits, float("-inf")), (self.probabilities, 0.0), (self.read, False))
@@ -194,7 +214,7 @@ class NewestQuery(Sight):
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
             return self.logits(pool, leaf)
-        high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        high, low = self.box(pool)
         if torch.compiler.is_compiling():  # one fused loop over the bounds
             query, high, low = (self.query * self.scaling).float()[:, :, :, None], high[:, :, None], low[:, :, None]
             return reduce_heads(torch.maximum(query * high, query * low).sum(-1), leaf.heads)
@@ -240,22 +260,22 @@ class EveryQuery(Sight):
         if self.probabilities is not None and sums_probabilities(leaf):
             return reduce_heads(self.probabilities[..., self.state.span(pool)], leaf.heads)
         position = self._seen(pool, leaf)
-        return self._sum(self.query, self.state.keys, position, "attention", leaf.heads)[:, :, 0, self.state.span(pool)]
+        return self._sum(self.query, self.keys, position, "attention", leaf.heads)[:, :, 0, self.state.span(pool)]
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span = self.state.span(pool)
-        keys, position = self.state.keys[:, :, span], self.position[:, :, span]
+        keys, position = self.keys[:, :, span], self.position[:, :, span]
         return self._sum(self.query, keys, position, "logits", leaf.heads)[:, :, 0]
 
     def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
         position = self._seen(pool, leaf)
-        total = column_sums(self.query, self.state.keys, self.query_position, position, self.scaling, reduce)
+        total = column_sums(self.query, self.keys, self.query_position, position, self.scaling, reduce)
         return reduce_heads(total[..., self.state.span(pool)], leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
             return self.logits(pool, leaf)
-        high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        high, low = self.box(pool)
         # A page says nothing to queries before its first token.
         above, below = (
             self._sum(side, box, self.state.unit_position(pool), "logits", "each")
@@ -295,20 +315,20 @@ class LastQueries(Sight):
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span = self.state.span(pool)
-        logits = finite(self._dot(self.query, self.state.pool_keys(pool), self.position[:, :, span]))
+        logits = finite(self._dot(self.query, self.keys_of(pool), self.position[:, :, span]))
         return reduce_heads(self._mean(logits), leaf.heads)
 
     def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
         domain = self.domain(pool, leaf)
         position = self.position if domain is None else torch.where(domain, self.position, -1)
-        logits = self._dot(self.query, self.state.all_keys(), position)
+        logits = self._dot(self.query, self.keys, position)
         values = reduce(logits.flatten(0, 1), slice(None)).unflatten(0, logits.shape[:2])
         return reduce_heads(self._mean(values)[..., self.state.span(pool)], leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         if pool.page == 1:
             return self.logits(pool, leaf)
-        high, low = self.state.tensors[f"{pool.name}.high"], self.state.tensors[f"{pool.name}.low"]
+        high, low = self.box(pool)
         place = self.state.unit_position(pool)  # a page says nothing to queries before its first token
         above, below = (
             finite(self._dot(side, box, place))

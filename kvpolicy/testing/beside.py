@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.oracle import Memories, Step
+from kvpolicy.attention import Rotation, turn
+from kvpolicy.oracle import Memories, Rotate, Step
 from kvpolicy.plan import Plan
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.chunks import Chunk
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.scorers.memory import CLOCKED
 from kvpolicy.testing.agreement import Agreement
@@ -27,7 +31,8 @@ class Beside:
     """A runtime cache and an oracle of one plan, fed together.
 
     ``generated`` runs a layer's generated passes (hand in a compiled ``run_layer`` to check that instead); ``device``
-    and ``backend`` are the cache's.
+    and ``backend`` are the cache's. Where positions are compact, queries and keys are fed without a rotation, and the
+    runtime gets them with this ``rotation``, as a model would rotate them; by default they carry none.
     """
 
     def __init__(
@@ -37,12 +42,14 @@ class Beside:
         generated: Run = run_layer,
         device: str | torch.device = "cpu",
         backend: str = "auto",
+        rotation: Rotation | None = None,
     ) -> None:
         self.plan = plan
-        self.cache = PolicyCache(plan, device=device, backend=backend)
+        self.cache = PolicyCache(plan, device=device, backend=backend, rotation=rotation or Rotation.none())
+        self.rotation = self.cache.rotation or Rotation.none()
         for part in self.cache.parts():
             part.shows_reading = True
-        self.agreement = Agreement(plan, rows=plan.batch)
+        self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
         self.generated = generated
 
     @torch.no_grad()
@@ -67,29 +74,105 @@ class Beside:
             Disagreement: the first layer, row and head where the runtime kept, attended or remembered otherwise.
         """
         scaling = scaling or self.plan.geometry.head_dim**-0.5
-        flags = {"special": special, "modality": modality}
-        opened = self.cache.begin(tensors[0][0].shape[2], valid, kind=kind, more=more or None, **flags)
-        images = None if modality is None else [["image" if at == 1 else None for at in row] for row in modality]
+        flags = {"valid": valid, "special": special, "modality": modality}
+        rotated = [self._rotated(*given, valid) for given in tensors]
+        opened = self.cache.begin(tensors[0][0].shape[2], **flags, kind=kind, more=more or None)
         run = run_layer if opened == "prompt" else self.generated
-        outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, tensors, strict=True)]
+        outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, rotated, strict=True)]
         self.cache.finish()
-        settled, steps = not more, []
+        steps = []
         for number, given in enumerate(tensors):
-            steps += self.agreement.check(
-                number,
-                *given,
-                self.cache.positions(number) if settled else None,
-                valid=valid,
-                kind="prompt" if opened == "prompt" else "generated",
-                more=more,
-                scaling=scaling,
-                special=special,
-                modality=images,
-                output=outputs[number],
-                memory=memories(self.cache, number) if settled else None,
-                read=readings(self.cache, number) if opened != "prompt" else None,
-            )
+            heard = Heard(*given, outputs[number], **{name: flag for name, flag in flags.items() if flag is not None})
+            steps += check_pass(self.agreement, self.cache, number, heard, opened, more=more, scaling=scaling)
         return steps
+
+    def _rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer is given: queries and keys at their positions."""
+        place = self.cache.coming(key.shape[2], valid)[:, None]
+        frequencies = torch.tensor(self.rotation.frequencies, device=key.device)
+        query, key = (turn(vectors, torch.zeros_like(place), place, frequencies) for vectors in (query, key))
+        return query, key, value
+
+
+def rotate_of(plan: Plan, rotation: Rotation) -> Rotate | None:
+    """How the oracle of a plan rotates; None where positions are absolute."""
+    if plan.policy.positions != "compact":
+        return None
+
+    def rotate(vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        place = torch.from_numpy(np.asarray(positions))
+        frequencies = torch.tensor(rotation.frequencies)
+        return turn(torch.from_numpy(vectors), torch.zeros_like(place), place, frequencies).numpy()
+
+    return rotate
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a layer was given in a pass, and its ``output`` [B, N, Q, D]; flags [B, N] as ``begin`` takes them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    valid: Tensor | None = None
+    special: Tensor | None = None
+    modality: Tensor | None = None
+
+    def part(self, chunk: Chunk) -> Heard:
+        """The part that is a chunk of the prompt."""
+        flags = (self.special, self.modality)
+        return Heard(
+            *(chunk.of(tensor) for tensor in (self.query, self.key, self.value)),
+            chunk.of(self.output.transpose(1, 2)).transpose(1, 2),
+            chunk.valid,
+            *(None if flag is None else flag.gather(1, chunk.columns) for flag in flags),
+        )
+
+
+def check_pass(
+    agreement: Agreement,
+    cache: PolicyCache,
+    number: int,
+    heard: Heard,
+    opened: str,
+    *,
+    more: bool = False,
+    scaling: float | None = None,
+) -> list[Step]:
+    """Compare what a layer did in the pass that was just closed; what the cache took in chunks goes so to the oracle.
+
+    Returns every row after the pass. Raises Disagreement.
+    """
+    chunks = cache.moment.chunks if opened == "prompt" else ()
+    parts = [heard.part(chunk) for chunk in chunks] or [heard]
+    steps: list[Step] = []
+    for count, now in enumerate(parts, 1):
+        last = count == len(parts)
+        settled = last and (bool(chunks) or not more)
+        positions = cache.positions(number) if settled else None
+        if chunks and not settled:
+            positions = cache.layers[number].positions(count - 1)
+        modality = now.modality
+        steps = agreement.check(
+            number,
+            now.query,
+            now.key,
+            now.value,
+            positions,
+            valid=now.valid,
+            kind="prompt" if opened == "prompt" else "generated",
+            more=more or not last,
+            scaling=scaling,
+            special=now.special,
+            modality=None if modality is None else [["image" if at == 1 else None for at in row] for row in modality],
+            output=now.output,
+            memory=memories(cache, number) if settled else None,
+            read=readings(cache, number) if opened != "prompt" else None,
+        )
+    return steps
 
 
 def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:

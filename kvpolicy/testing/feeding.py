@@ -48,15 +48,18 @@ def plan_for(policy: Policy, said: Attention) -> Plan:
 
 def watch(feed: Feed, said: Attention) -> Iterator[Seen]:
     """Every layer, row and KV head after every pass."""
-    chunk, full = feed.plan.policy.prompt_chunk, FullCache(said)
-    for now in passes(said, None if chunk is None else int(chunk.evaluate({}))):
+    full = FullCache(said)
+    for now in passes(said, feed.plan.prompt_chunk):
         for step in feed.feed(said, now):
             yield from (Seen(feed.plan, step, head, full) for head in range(len(step.heads)))
 
 
 def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:
-    """The prompt, in chunks of so many columns of a left-padded batch (None: as the text has it), and then one token a
-    row at a time, up to the next turn's prompt."""
+    """The prompt, and then one token a row at a time, up to the next turn's prompt.
+
+    The prompt comes in chunks of so many tokens of each row; with None as the text has it, in chunks of so many columns
+    of a left-padded batch.
+    """
     said_so_far = [0] * said.rows
     pauses = [*(turn.after for turn in said.turns), said.steps - sum(turn.after for turn in said.turns)]
     for prompts, steps in zip([said.prompts, *(turn.rows(said.rows) for turn in said.turns)], pauses, strict=True):
@@ -64,8 +67,9 @@ def passes(said: Attention, chunk: int | None) -> Iterator[Pass]:
         stride = chunk or said.chunk or max(1, longest)
         for start in range(0, longest, stride):
             stop = min(start + stride, longest)
-            spans = [(max(0, start - longest + prompt), max(0, stop - longest + prompt)) for prompt in prompts]
-            rows = (slice(at + a, at + b) for at, (a, b) in zip(said_so_far, spans, strict=True))
+            ahead = [0 if chunk else longest - prompt for prompt in prompts]  # columns of padding
+            cuts = [[min(max(0, at - by), of) for at in (start, stop)] for by, of in zip(ahead, prompts, strict=True)]
+            rows = (slice(at + a, at + b) for at, (a, b) in zip(said_so_far, cuts, strict=True))
             yield Pass("prompt", tuple(rows), more=stop < longest)
         said_so_far = [at + prompt for at, prompt in zip(said_so_far, prompts, strict=True)]
         for step in range(steps):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Rotation, turn
 from kvpolicy.patching import cache_for
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.testing.agreement import Agreement
-from kvpolicy.testing.beside import memories
+from kvpolicy.testing.beside import Heard, check_pass, rotate_of
 
 
 class Witness:
@@ -38,10 +39,13 @@ class LiveAgreement:
     def __init__(self, model: Any, cache: PolicyCache | None = None, **lengths: Any) -> None:
         self.model = model
         self.cache = cache or cache_for(model, **lengths)
-        self.agreement = Agreement(self.cache.plan, rows=self.cache.plan.batch)
+        plan, self.rotation = self.cache.plan, self.cache.rotation or Rotation.none()
+        self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
         self.witnesses = [Witness(layer) for layer in self.cache.layers]
         for witness in self.witnesses:
             witness.layer.forward = witness
+        for part in self.cache.parts():
+            part.shows_reading = True
 
     @torch.no_grad()
     def feed(self, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None, **inputs: Any) -> Tensor:
@@ -57,27 +61,23 @@ class LiveAgreement:
         columns, first = ids.shape[1], self.cache.get_seq_length() == 0
         if mask is not None:
             inputs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:])
+        places = self.cache.coming(columns, None if mask is None else mask[:, -columns:])
         logits = self.model(ids, attention_mask=mask, past_key_values=self.cache, logits_to_keep=1, **inputs).logits
         valid = None if mask is None or columns == 1 else mask[:, -columns:].bool()
         traits = self.cache.moment.traits if columns > 1 or first else {}
-        image = traits.get("image")
-        modality = None if image is None else [["image" if here else None for here in row] for row in image]
         for number in range(len(self.witnesses)) if layers is None else layers:
             seen = self.witnesses[number].seen
             assert seen is not None
             query, key, value, output = (tensor.float() for tensor in seen)
-            self.agreement.check(
-                number,
-                query,
-                key,
-                value,
-                self.cache.positions(number),
-                valid=valid,
-                kind="generated" if columns == 1 and not first else "prompt",
-                special=traits.get("special"),
-                modality=modality,
-                scaling=self.witnesses[number].scaling,
-                output=output,
-                memory=memories(self.cache, number),
-            )
+            query, key = self._unrotated(query, places), self._unrotated(key, places)
+            heard = Heard(query, key, value, output, valid, traits.get("special"), traits.get("image"))
+            opened = "generated" if columns == 1 and not first else "prompt"
+            scaling = self.witnesses[number].scaling
+            check_pass(self.agreement, self.cache, number, heard, opened, scaling=scaling)
         return logits
+
+    def _unrotated(self, vectors: Tensor, places: Tensor) -> Tensor:
+        """What the oracle of compact positions is given: vectors [B, heads, N, D] without rotation, in float64."""
+        frequencies = torch.tensor(self.rotation.frequencies, device=vectors.device)
+        at = places[:, None]
+        return turn(vectors.double(), at, torch.zeros_like(at), frequencies) if self.rotation.frequencies else vectors

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import yaml
 
 from kvpolicy.errors import KvpolicyError, UsageError
-from kvpolicy.language import Policy, loads_policy
+from kvpolicy.language import loads_policy
 from kvpolicy.plan import Plan, unsupported
 from kvpolicy.testing.feeding import Feed, OracleAlone, RuntimeBeside, passes, plan_for
 from kvpolicy.testing.patterns import Attention, synthesize
@@ -49,20 +49,24 @@ def agree(policy: str, text: Mapping[str, Any], *, compiled: bool = False) -> Ag
         return Agreed(refused=(str(error).splitlines()[0].split(": ", 1)[-1],))
     missing = tuple(dict.fromkeys(reason.split(": ", 1)[-1] for reason in unsupported(plan)))
     if missing:
-        hear(OracleAlone(plan), loaded, said)
+        hear(OracleAlone(plan), said)
         return Agreed(refused=missing)
     feed = RuntimeBeside(plan, compiled=compiled)
     small: dict[str, Any] = {"MASK_NUMBERS": 1, "TILES_PER_THREAD": {}, "TILES_ELSEWHERE": (1, 16)}
     with patch.multiple("kvpolicy.attention.torch_prompt", **small):  # so that a prompt of 17 tokens takes two tiles
-        hear(feed, loaded, said)
+        hear(feed, said)
+        if plan.prompt_chunk is not None:  # the runtime cuts the prompt itself, too
+            hear(RuntimeBeside(plan), said, whole=True)
     agreement, stats = feed.beside.agreement, feed.beside.cache.stats()
     return Agreed(agreement.compared, stats["evicted"], tuple(str(tie) for tie in agreement.near_ties))
 
 
-def hear(feed: Feed, policy: Policy, said: Attention) -> None:
-    """A whole text; after every pass no pool may hold more than its plan says."""
-    chunk = policy.prompt_chunk
-    for now in passes(said, None if chunk is None else int(chunk.evaluate({}))):
+def hear(feed: Feed, said: Attention, whole: bool = False) -> None:
+    """A whole text; after every pass no pool may hold more than its plan says.
+
+    ``whole``: prompts come as the text has them, and not in the policy's chunks.
+    """
+    for now in passes(said, None if whole else feed.plan.prompt_chunk):
         for step in feed.feed(said, now):
             if not now.more:
                 check_bounds(feed.plan, step.layer, step.heads)

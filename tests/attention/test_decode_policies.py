@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Rotation
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, loads_policy
 from kvpolicy.plan import ModelGeometry, Plan, make_plan
@@ -73,7 +74,7 @@ def run(plan: Plan, device: torch.device, numbers: Callable[[Plan, torch.device]
         return out[0]
 
     beside = Beside(plan, generated=generated, device=device, backend="triton")
-    torch_cache = PolicyCache(plan, device=device, backend="torch")
+    torch_cache = PolicyCache(plan, device=device, backend="torch", rotation=Rotation.none())
     low, high = plan.prompt
     lengths = torch.tensor([high] + [low] * (plan.batch - 1))
     prompt = (draw(high), torch.arange(high) >= high - lengths[:, None])

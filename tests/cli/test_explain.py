@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvpolicy.attention import Rotation
 from kvpolicy.cli.explain import groups
 from kvpolicy.cli.main import main
 from kvpolicy.cli.picture import WIDTH, fill, slots
@@ -82,7 +83,7 @@ def test_the_residents_are_those_of_the_runtime_at_every_step(name, prompt):
     geometry = ModelGeometry("llama", 1, 2, 1, 8)
     plan = make_plan(load_policy(name, set=SMALL.get(name, {})), geometry, prompt=prompt, max_new_tokens=steps)
     lines = timeline(plan, plan.layers[0])
-    cache = PolicyCache(plan)
+    cache = PolicyCache(plan, rotation=Rotation.none())
     for t in range(steps + 1):
         new = 1 if t else prompt
         key = torch.randn(1, 1, new, 8)

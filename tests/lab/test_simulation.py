@@ -128,12 +128,12 @@ def test_there_is_no_such_place(place: dict[str, int]) -> None:
 
 
 def test_a_prompt_in_chunks_has_a_moment_for_each() -> None:
-    """A shorter row is not there in the first chunks, and its moments begin when it is."""
+    """Chunks are of a row's own tokens: a shorter row has fewer of them."""
     policy = loads_policy("kvpolicy: 1\nname: test\nprompt_chunk: 4\npools:\n  all: {admit: all, budget: 3}\n")
     said = synthesize({"pattern": "uniform", "prompt": [12, 5], "steps": 3})
     long, short = (simulate(policy, said, row=row, layer=0, head=0).shown for row in (0, 1))
     assert long.newest.tolist() == [3, 7, 11, 12, 13, 14]
-    assert short.newest.tolist() == [0, 4, 5, 6, 7]
+    assert short.newest.tolist() == [3, 4, 5, 6, 7]
     assert long.t.tolist() == [0, 0, 0, 1, 2, 3]
     assert long.counted.tolist() == [False] * 3 + [True] * 3
 

@@ -192,8 +192,8 @@ MUTANTS = (
     Mutant(
         "seen() is read before admission",
         R + "pool",
-        "clocks.streams[pool.stream].seen[:, None]",
-        "clocks.streams[pool.stream].seen[:, None] - 1",
+        "= state.seen(pool)\n",
+        "= state.seen(pool) - 1\n",
     ),
     # update
     Mutant(
@@ -206,7 +206,7 @@ MUTANTS = (
     Mutant(
         "the newest page is not protected",
         R + "pool",
-        "free[state.rows, state.heads, state.newest_unit(pool, clock.opened)] = False",
+        "free[state.rows, state.heads, state.newest_unit(pool)] = False",
         "pass",
     ),
     Mutant(
@@ -297,8 +297,8 @@ MUTANTS = (
     Mutant(
         "a later turn's tokens are counted twice in their pool's order",
         R + "turn",
-        "ordinal = clock.seen[row] - clock.turn_tokens[row] + place[row, column]",
-        "ordinal = clock.seen[row] + place[row, column]",
+        "ordinal = (clock.seen - clock.turn_tokens)[row] + place[row, column[:, None]]",
+        "ordinal = clock.seen[row] + place[row, column[:, None]]",
     ),
     Mutant(
         "what a pool above has taken enters the next one as well",

@@ -75,8 +75,7 @@ def provoke(said: Attention, scenes: Sequence[Sequence[Scene]], sees: Sequence[b
     except Complaint as complaint:
         raise Complaint(complaint.reason, complaint.hint) from None
     feed, group, turned = OracleAlone(plan), said.geometry.group, 0
-    chunk = plan.policy.prompt_chunk
-    for now in passes(said, None if chunk is None else int(chunk.evaluate({}))):
+    for now in passes(said, plan.prompt_chunk):
         for row, span in enumerate(now.rows if now.kind == "generated" else ()):
             for layer, scene in enumerate(scenes[row]):
                 turned += _turn(said.queries[row][layer], scene, span.start, group, sees)
