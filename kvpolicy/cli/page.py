@@ -38,7 +38,7 @@ def page(explained: Explained) -> Iterator[str]:
         yield ""
         yield from _slots(group, explained)
         yield from _residents(group.lines, explained.plan)
-    yield from _others(explained.groups)
+    yield from _others(explained)
     yield ""
     yield from _memory(explained.plan)
 
@@ -117,9 +117,10 @@ def _budgets(alike: list[Group], index: int, plan: Plan) -> str | None:
 
 
 def _slots(group: Group, explained: Explained) -> Iterator[str]:
-    layer = group.layer
+    layer = explained.plan.even(group.layer)
+    mean = ", the mean of KV heads that share some" if group.layer.shared else ""
     room = f"{layer.slots:,}, which keep at most {layer.bound:,} tokens after an update ({mib(layer.bytes)} a layer)"
-    yield f"[bold]Slots[/] of {_layers(group.indices)}: {room}"
+    yield f"[bold]Slots[/] of {_layers(group.indices)}{mean}: {room}"
     for line in picture.slots(layer, group.lines):
         yield f"  {line}"
 
@@ -145,9 +146,10 @@ def _residents(lines: Sequence[PoolTimeline], plan: Plan) -> Iterator[str]:
             yield f"  {escape(line.name)}: the first token leaves {when}; {line.evicted:,} leave in all"
 
 
-def _others(groups: Sequence[Group]) -> Iterator[str]:
-    for group in groups[SHOWN:]:
-        parts = ", ".join(f"{pool.name} {pool.bound:,} of {pool.capacity:,} slots" for pool in group.layer.pools)
+def _others(explained: Explained) -> Iterator[str]:
+    for group in explained.groups[SHOWN:]:
+        pools = explained.plan.even(group.layer).pools
+        parts = ", ".join(f"{pool.name} {pool.bound:,} of {pool.capacity:,} slots" for pool in pools)
         yield f"  {_layers(group.indices)}: {escape(parts)}, {mib(group.layer.bytes)} a layer"
 
 

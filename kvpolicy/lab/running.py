@@ -209,7 +209,7 @@ def counts(plan: Plan, cache: PolicyCache, kept: dict[str, int]) -> dict[str, An
     stats = cache.stats()
     heads = len(plan.layers) * plan.geometry.kv_heads * plan.batch
     slots: dict[str, int] = {}
-    for pool in (pool for layer in plan.layers for pool in layer.pools):
+    for pool in (pool for layer in plan.layers for pool in plan.even(layer).pools):
         slots[pool.name] = max(slots.get(pool.name, 0), pool.capacity)
     pools = {
         name: {
@@ -229,7 +229,7 @@ def counts(plan: Plan, cache: PolicyCache, kept: dict[str, int]) -> dict[str, An
         "evicted": stats["evicted"],
         "held_peak": stats["resident_peak"],
         "resident_bound": plan.resident_bound,
-        "slots": max(layer.slots for layer in plan.layers),
+        "slots": max(plan.even(layer).slots for layer in plan.layers),
         "cache_bytes": cache.bytes,
         "planned_cache_bytes": plan.bytes,
         "dense_cache_bytes": plan.dense_bytes,

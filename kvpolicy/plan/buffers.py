@@ -27,19 +27,28 @@ def layer_buffers(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> tupl
 
 
 def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, batch: int) -> Iterator[Buffer]:
-    heads, units = (batch, geometry.kv_heads), (batch, geometry.kv_heads, pool.units)
+    heads = (batch, geometry.kv_heads)
+    units: tuple[int, ...] = (*heads, pool.units)
+    slots: tuple[int, ...] = (*heads, pool.capacity)
     name = pool.name
-    yield Buffer(f"{name}.ring", units, "int32")  # unit ids: the free ones, and behind them the open page's
-    yield Buffer(f"{name}.tail", heads, "int64")  # where the next freed unit goes in the ring
+    if pool.shared:
+        slots, units = (batch, pool.capacity), (batch, pool.units)
+        yield Buffer(f"{name}.keys", (*slots, geometry.head_dim), geometry.dtype)
+        yield Buffer(f"{name}.values", (*slots, geometry.head_dim), geometry.dtype)
+        yield Buffer(f"{name}.position", slots, "int32")
+        yield Buffer(f"{name}.owner", slots, "int32")  # whose token it is: a KV head, -1 for none
+    else:
+        yield Buffer(f"{name}.ring", units, "int32")  # unit ids: the free ones, and behind them the open page's
+        yield Buffer(f"{name}.tail", heads, "int64")  # where the next freed unit goes in the ring
+        if pool.evicts:
+            yield Buffer(f"{name}.peak", heads, "int64")
     if pool.fed:  # heads are sent different units, so each counts its own
         yield Buffer(f"{name}.opened", heads, "int64")
         yield Buffer(f"{name}.seen", heads, "int64")
     if pool.store is not None:
         yield from _stored_buffers(pool, geometry, batch)
-    if pool.evicts:
-        yield Buffer(f"{name}.peak", heads, "int64")
     if pool.needs_ordinals:
-        yield Buffer(f"{name}.ordinal", (*heads, pool.capacity), "int32")
+        yield Buffer(f"{name}.ordinal", slots, "int32")
     if pool.pin_survivors and pool.evicts:
         yield Buffer(f"{name}.survivor", units, "bool")
     if pool.size_read:

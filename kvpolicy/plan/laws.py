@@ -120,7 +120,7 @@ def laws_by_head(policy: Policy, geometry: ModelGeometry) -> dict[tuple[int, int
     ]
     cells: dict[tuple[int, int], Part] = {}
     for layer in plans[0].layers:
-        same = [plan.layers[layer.index] for plan in plans]
+        same = [plan.even(plan.layers[layer.index]) for plan in plans]
         for head in range(1 if layer.heads is None else geometry.kv_heads):
             cells[layer.index, head] = _part(policy, plans, [_pools(one, head) for one in same])
     return cells

@@ -69,12 +69,15 @@ def size_pools(
             slack = _slack(pool, lengths, sized)
             victims = _victims(pool, slack, sized)
             pool = replace(pool, bound=bound, capacity=min(ever, bound + slack), victims=victims)
+            if _shares(pool, pool.name in fed):
+                pool = replace(pool, shared=True, capacity=_of_all_heads(pool, ranges, lengths, ever, protected))
         fewest = pool.bound if full and pool.budget is None else _fewest(pool, pools, ranges, lengths)
         ranges[f"size({pool.name})"] = Range(Fraction(min(fewest, pool.bound)), Fraction(pool.bound))
         # A pool that nothing reaches at these lengths still gets one unit, so that no tensor is empty.
         sized[index] = replace(pool, capacity=max(pool.capacity, pool.page))
     offset = 0
-    for index, pool in sorted(enumerate(sized), key=lambda place: place[1].store is not None):
+    # Behind the slots with the model's own numbers lie stored ones, and apart from both those that heads share.
+    for index, pool in sorted(enumerate(sized), key=lambda place: (place[1].shared, place[1].store is not None)):
         sized[index] = replace(pool, offset=offset, read_units=_read_units(pool, ranges))
         offset += pool.capacity
     return tuple(sized)
@@ -127,10 +130,37 @@ def _fewest(pool: PoolPlan, pools: tuple[PoolPlan, ...], ranges: dict[str, Range
     return min(prompt, math.floor(least) // pool.page * pool.page)
 
 
+def _shares(pool: PoolPlan, fed: bool) -> bool:
+    """Whether the KV heads share a pool's slots: heads win places from each other, and only when a prompt has ended,
+    so that nothing has to find a place while tokens are generated."""
+    return (
+        pool.scope == "across-heads"
+        and pool.cadence == 0
+        and "generated" not in pool.admits
+        and not fed
+        and pool.to is None
+        and pool.read is None
+        and pool.store is None
+    )
+
+
+def _of_all_heads(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths, ever: int, protected: int) -> int:
+    """The most whole-page tokens that all KV heads together keep: as many as if each had its own budget, and half a
+    unit a head where shares of it are rounded."""
+    most = max(_mean_budget(pool, ranges), protected)
+    rounding = lengths.kv_heads // 2 * pool.page if 0 < pool.floor < 1 else 0
+    return min(lengths.kv_heads * ever, lengths.kv_heads * most + rounding)
+
+
+def _mean_budget(pool: PoolPlan, ranges: dict[str, Range]) -> int:
+    """The most whole-page tokens that any value of the budget says."""
+    assert pool.budget is not None
+    return max(0, math.floor(pool.budget.bound(ranges).high)) // pool.page * pool.page
+
+
 def _within_budget(pool: PoolPlan, ranges: dict[str, Range], lengths: Lengths) -> int:
     """The most whole-page tokens that any value of the budget allows one head."""
-    assert pool.budget is not None
-    most = max(0, math.floor(pool.budget.bound(ranges).high)) // pool.page * pool.page
+    most = _mean_budget(pool, ranges)
     if pool.scope == "across-heads":  # one head may win what all of them were given, but for the floor, rounded
         return in_pages(math.ceil((1 - pool.floor) * lengths.kv_heads * most + pool.floor * most), pool.page)
     return most

@@ -114,7 +114,8 @@ class PoolPlan:
     """One pool of one layer in numbers. ``capacity`` and ``bound`` are tokens, whole pages.
 
     ``fed``: another pool moves its units here. One update of a generated pass drops at most ``victims`` units (0: any
-    number); one generated pass reads at most ``read_units`` of them beside the newest.
+    number); one generated pass reads at most ``read_units`` of them beside the newest. Slots of a ``shared`` pool are
+    all KV heads' together: a row has ``capacity`` of them, and any may hold any head's token.
     """
 
     name: str
@@ -136,6 +137,7 @@ class PoolPlan:
     capacity: int = 0
     bound: int = 0
     offset: int = 0
+    shared: bool = False
     victims: int = 0
     read_units: int = 0
     size_read: bool = False
@@ -226,13 +228,18 @@ class LayerPlan:
 
     @property
     def slots(self) -> int:
-        """S: token slots allocated per row and KV head."""
-        return sum(pool.capacity for pool in self.pools)
+        """S: token slots that each KV head of a row has for itself."""
+        return sum(pool.capacity for pool in self.pools if not pool.shared)
+
+    @property
+    def shared(self) -> tuple[PoolPlan, ...]:
+        """Pools whose slots the KV heads of a row share."""
+        return tuple(pool for pool in self.pools if pool.shared)
 
     @property
     def whole_slots(self) -> int:
         """Those among them that hold the model's own numbers; they come first."""
-        return sum(pool.capacity for pool in self.pools if pool.store is None)
+        return sum(pool.capacity for pool in self.pools if pool.store is None and not pool.shared)
 
     @property
     def bound(self) -> int:
@@ -284,10 +291,21 @@ class Plan:
     def prompt_peak(self) -> int:
         """Tokens a layer has room for while it reads the longest prompt, per row and KV head: its slots, and beside
         them the prompt, or a chunk of it together with what the slots hold."""
-        slots, (_, longest) = max(layer.slots for layer in self.layers), self.prompt
+        slots = max(layer.slots + sum(pool.bound for pool in layer.shared) for layer in self.layers)
+        longest = self.prompt[1]
         if self.prompt_chunk is None or longest <= self.prompt_chunk:
             return slots + longest
         return 2 * slots + self.prompt_chunk
+
+    def even(self, layer: LayerPlan) -> LayerPlan:
+        """A layer as if heads that share slots had even parts of them, whole pages: what it comes to by head, told or
+        counted; the runtime allocates something else."""
+        pools = []
+        for pool in layer.pools:
+            part = -(-pool.units // self.geometry.kv_heads) * pool.page
+            even = replace(pool, shared=False, capacity=part, bound=min(pool.bound, part))
+            pools.append(even if pool.shared else pool)
+        return replace(layer, pools=tuple(pools))
 
     @property
     def traits(self) -> frozenset[str]:
@@ -311,8 +329,11 @@ class Plan:
     @property
     def never_fires(self) -> bool:
         """True where no pool can exceed its budget at these lengths."""
+        heads = self.geometry.kv_heads
         return all(
-            not pool.evicts or pool.bound >= admitted(pool, self.prompt[1], self.max_new_tokens)
+            not pool.evicts
+            or (pool.capacity if pool.shared else pool.bound)
+            >= admitted(pool, self.prompt[1], self.max_new_tokens) * (heads if pool.shared else 1)
             for layer in self.layers
             for pool in layer.every_pool
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvpolicy.errors import UsageError
 from kvpolicy.language.signals import SIGNALS, definition, origin
-from kvpolicy.plan.signals import needs, reads_bounds
+from kvpolicy.plan.signals import needs, reads_bounds, scoring_leaves
 from kvpolicy.plan.structure import LayerPlan, Plan, PoolPlan, ScorerPlan
 
 
@@ -24,16 +24,22 @@ def unsupported(plan: Plan) -> Iterator[str]:
     """Every reason why the runtime would refuse this plan, in reading order."""
     for layer in plan.layers:
         yield from _layer(layer)
+        if plan.prompt_chunk is not None:
+            yield from (f"pool {pool.name}: store beside prompt_chunk" for pool in layer.every_pool if pool.stages)
 
 
 def _layer(layer: LayerPlan) -> Iterator[str]:
     for pool in layer.every_pool:
         if layer.groups and pool.scope != "kv-head":
             yield f"pool {pool.name}: evict scope {pool.scope} beside overrides for single heads"
-        if layer.compact and (pool.to is not None or pool.store is not None):
-            yield f"pool {pool.name}: units that move, or are stored in few bits, beside positions: compact"
+        if layer.compact and (pool.to is not None or pool.store is not None or pool.shared):
+            yield f"pool {pool.name}: units that move, are stored in few bits or shared by heads, at compact positions"
         yield from (f"pool {pool.name}: {reason}" for reason in _pool(pool))
     yield from _numbers_that_change(layer)
+    if layer.shared:
+        names = ", ".join(pool.name for pool in layer.shared)
+        for pool in layer.pools:
+            yield from (f"pool {pool.name}: {reason} beside {names}, whose heads share" for reason in _beside(pool))
 
 
 def _numbers_that_change(layer: LayerPlan) -> Iterator[str]:
@@ -46,19 +52,38 @@ def _numbers_that_change(layer: LayerPlan) -> Iterator[str]:
         if not pool.fed:
             continue
         for other in layer.every_pool:
-            for leaf in other.scorer.leaves() if other.evicts and other.cadence > 0 else ():
+            for leaf in scoring_leaves(other) if other.cadence > 0 else ():
                 if isinstance(leaf.queries, int) or needs(leaf.signal) & {"keys", "values"}:
                     yield f"pool {other.name}: {leaf.signal} by keys or earlier queries, beside the stored {pool.name}"
 
 
 def _pool(pool: PoolPlan) -> Iterator[str]:
-    if pool.scope == "across-heads":
-        yield "evict scope across-heads"
-    if pool.fed and pool.pin_special:
-        yield "special tokens pinned where another pool moves its units"
+    if pool.scope == "across-heads" and pool.evicts and not pool.shared:
+        yield _across_heads(pool)
     if pool.evicts:
         for leaf in pool.scorer.leaves():
             yield from _leaf(leaf)
+
+
+def _across_heads(pool: PoolPlan) -> str:
+    """Why heads cannot share this pool's slots."""
+    if pool.cadence > 0 or "generated" in pool.admits:
+        return "evict scope across-heads while generating"
+    return "evict scope across-heads in a pool that selects, stores in bits, or is linked to another"
+
+
+def _beside(pool: PoolPlan) -> Iterator[str]:
+    """What a pool may not ask in generated passes of a layer in which heads share slots: what needs the shared units'
+    keys head by head, which would be a copy of them."""
+    leaves = list(scoring_leaves(pool)) if pool.cadence > 0 else []
+    for leaf in (*leaves, *(pool.read.scorer.leaves() if pool.read is not None else ())):
+        if (
+            leaf.hit is not None
+            and leaf.hit[0] == "top"
+            and leaf.over == "cache"
+            and needs(leaf.signal) - {"logits", "drawn"}
+        ):
+            yield f"hits of {leaf.signal} over the cache"
 
 
 def _leaf(leaf: ScorerPlan) -> Iterator[str]:

@@ -335,7 +335,10 @@ class PolicyCache(Cache):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
-        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty."""
+        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty.
+
+        Slots that KV heads share come last; there -1 also stands where a token is another head's.
+        """
         return self.layers[layer_idx].positions()
 
     def stats(self) -> dict[str, Any]:
@@ -348,7 +351,7 @@ class PolicyCache(Cache):
         for part in self.parts():
             for pool in part.plan.pools:
                 _count(part, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
-        resident = max(int((part.state.position >= 0).sum(-1).max()) for part in self.parts())
+        resident = max(int((part.state.all_positions >= 0).sum(-1).max()) for part in self.parts())
         return {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),

@@ -87,7 +87,7 @@ def attend_in_chunks(layer: Any, query: Tensor, key: Tensor, value: Tensor, atte
             layer.moment, layer.clocks = moment.at(number), chunk.clocks
             chunk.put(attend(chunk.of(query), chunk.of(key), chunk.of(value), scaling), out)
             if layer.shows_reading:
-                layer.after_chunks[number:] = [layer.state.position.clone()]
+                layer.after_chunks[number:] = [layer.state.all_positions.clone()]
     finally:
         layer.moment, layer.clocks = moment, clocks
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.plan import PoolPlan
+from kvpolicy.runtime.across_heads import stay_across_heads
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.pool import LAST_KEY, PoolPolicy, order_keys
 from kvpolicy.runtime.quantities import Whole, floored
@@ -123,8 +124,12 @@ def drop_all_at_once(
     """
     pool = state.pools[policy.name]
     excess = excess_units(policy, pool.page, state.resident_units(pool).sum(-1), values)
+    keys = drop_keys(pool, state, score, candidate)
+    if pool.scope == "across-heads":
+        room = policy.may_stay(state, candidate, values).clamp(min=0)
+        excess = candidate.sum(-1) - stay_across_heads(keys, candidate, room, pool.floor)
     excess = torch.where(spoken[:, None], excess, 0)
-    rank = drop_keys(pool, state, score, candidate).argsort(-1).argsort(-1)
+    rank = keys.argsort(-1).argsort(-1)
     gone = (rank < excess[..., None]) & candidate
     if leave is not None:
         leave(torch.arange(pool.units, device=gone.device).expand_as(gone), gone)

@@ -129,6 +129,8 @@ def _reasons(plan: LayerPlan, arrival: PoolPlan, working: PoolPlan | None) -> It
     """Everything that the kernels were not written for, in one clause each."""
     if plan.compact:
         yield "positions are compact, so all keys turn at every pass"
+    for pool in plan.shared:
+        yield f"KV heads share the slots of pool {pool.name}"
     for pool in plan.pools:
         if pool.read is not None or pool.store is not None or pool.to is not None:
             yield f"pool {pool.name} selects, quantises or feeds another"

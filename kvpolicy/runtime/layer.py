@@ -22,6 +22,7 @@ from kvpolicy.attention import (
     attend_part,
     attend_prompt,
     attend_prompt_and_sum,
+    attend_shared,
     attend_slots,
     merge_parts,
     newest_queries,
@@ -146,7 +147,7 @@ class PolicyLayer(CacheLayerMixin):
     def positions(self, chunk: int | None = None) -> Tensor:
         """Kept positions by slot [B, K, S], -1 where a slot is empty: now, or after a chunk of the last prompt pass,
         where somebody looks on."""
-        return (self.state.position if chunk is None else self.after_chunks[chunk]).long()
+        return (self.state.all_positions if chunk is None else self.after_chunks[chunk]).long()
 
     def replan(self, plan: LayerPlan) -> None:
         """Take new sizes and keep what is resident."""
@@ -216,7 +217,7 @@ class PolicyLayer(CacheLayerMixin):
         self._admit(key, value)
         query, keys = self._at_ranks(query, self.clocks.position[:, None], state)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
-        attend = self._attend_to_chosen if self.readers else self._attend_to_all
+        attend = self._attend_to_chosen if self.readers or self.plan.shared else self._attend_to_all
         out, sight = attend(grouped, keys, scaling, kind)
         self._learn_and_drop(sight, kind == UPDATE)
         if self.arrival is not None and self.arrival.store is not None:
@@ -251,7 +252,8 @@ class PolicyLayer(CacheLayerMixin):
     def _attend_to_chosen(
         self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
     ) -> tuple[Tensor, NewestQuery]:
-        """Steps 2 and 3 where pools select: attention of one query a row [B, K, G, D] over what is read.
+        """Steps 2 and 3 where pools select, or heads share slots: attention of one query a row [B, K, G, D] over what
+        is read.
 
         Unless a scorer needs the logits of every slot, those that are not read are never touched.
         """
@@ -268,7 +270,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.reads_logits[kind]:
             sight.read = read_slots(state, chosen)
             sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None])
-            return torch.matmul(sight.probabilities.to(state.values.dtype), state.all_values()), sight
+            return state.mix(sight.probabilities), sight
         attend_paged = kernel_pages if self.backend == TRITON else attend_pages
         parts = []
         for pools in self.stretches:
@@ -281,6 +283,7 @@ class PolicyLayer(CacheLayerMixin):
                 parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
             else:
                 parts.append(attend_part(*given, hidden[:, :, span], scaling))
+        parts += [attend_shared(query, keys, values, owner, scaling) for keys, values, owner in state.shared_slots]
         return merge_parts(*zip(*parts, strict=True))[0] if len(parts) > 1 else parts[0][0], sight
 
     def _remember_query(self, query: Tensor) -> None:
@@ -328,7 +331,7 @@ class PolicyLayer(CacheLayerMixin):
                 sight.candidates[policy.name] = policy.candidates(state, clocks, values)
         if update:
             shared = len(working) > 1 or any(pool.to for pool in self.ordered)
-            before = state.position.clone() if shared else state.position
+            before = state.all_positions.clone() if shared else state.all_positions
             sights |= self._windows(working, state, before, sight)
         for policy in working:
             policy.observe(sights, clocks, values)
@@ -501,7 +504,7 @@ class PolicyLayer(CacheLayerMixin):
 def _stretches(layer: LayerPlan) -> list[list[PoolPlan]]:
     """Neighbouring pools that are read alike: whole, or each by its own choice."""
     stretches: list[list[PoolPlan]] = []
-    for pool in layer.pools:
+    for pool in (pool for pool in layer.pools if not pool.shared):
         if stretches and pool.read is None and stretches[-1][-1].read is None:
             stretches[-1].append(pool)
         else:

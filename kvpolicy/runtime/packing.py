@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import PoolPlan
 from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.shared_slots import pack_shared, unpack_shared
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.stored import SIDES, opened_up, store_all
 
@@ -22,12 +23,18 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
     """Move what is resident in ``wide`` into other slots, in order of position, and lay out the rings."""
     kept_over = {name: tensor.clone() for name, tensor in into.tensors.items() if outlives_slots(name)}
     kept: dict[str, tuple[Tensor, Tensor]] = {}
-    for pool in wide.plan.pools:
+    for pool in (pool for pool in wide.plan.pools if not pool.shared):
         resident = wide.resident_units(pool)
         place = torch.where(resident, wide.unit_position(pool), torch.iinfo(torch.int32).max)
         kept[pool.name] = (torch.argsort(place, dim=-1, stable=True), resident.sum(-1))
     into.clear()
     for pool, source in zip(into.plan.pools, wide.plan.pools, strict=True):
+        for name in (f"{pool.name}.{count}" for count in ("size", "seen")):
+            if name in into.tensors:
+                into.tensors[name].copy_(wide.tensors[name])
+        if pool.shared:
+            pack_shared(wide, source, into, pool)
+            continue
         order, count = kept[pool.name]
         most = int(count.max()) if count.numel() else 0
         if most > pool.units:
@@ -37,9 +44,6 @@ def pack(wide: LayerState, into: LayerState, clocks: Clocks) -> None:
             )
         _move(wide, source, into, pool, order[..., :most], count)
         into.lay_ring(pool, count, clocks.streams[pool.stream].opened)
-        for name in (f"{pool.name}.{count}" for count in ("size", "seen")):
-            if name in into.tensors:
-                into.tensors[name].copy_(wide.tensors[name])
     for name, tensor in kept_over.items():
         into.tensors[name].copy_(tensor)
 
@@ -52,6 +56,9 @@ def outlives_slots(name: str) -> bool:
 def carry(old: LayerState, wide: LayerState) -> None:
     """Copy every pool of ``old`` into the front of the same pool of a wider state."""
     for source, target in zip(old.plan.pools, wide.plan.pools, strict=True):
+        if source.shared:
+            unpack_shared(old, source, wide, target)
+            continue
         width = min(source.capacity, target.capacity)
         span = slice(target.offset, target.offset + width)
         wide.position[:, :, span] = old.position[:, :, source.offset : source.offset + width]

@@ -56,11 +56,12 @@ class Reader:
 
 
 def read_slots(state: LayerState, chosen: Mapping[str, Tensor]) -> Tensor:
-    """Which slots are read [B, K, S]: all of a pool that does not choose, of another those of its ``chosen`` units."""
+    """Which slots are read, shared ones at the end [B, K, S]: all of a pool that does not choose, of another those of
+    its ``chosen`` units."""
     parts = []
     for pool in sorted(state.plan.pools, key=lambda pool: pool.offset):
         index = chosen.get(pool.name)
-        resident = state.position[:, :, state.span(pool)] >= 0
+        resident = state.slot_positions(pool) >= 0
         if index is not None:
             units = torch.zeros(*resident.shape[:2], pool.units + 1, dtype=torch.bool, device=index.device)
             units.scatter_(-1, torch.where(index < 0, pool.units, index), True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import mix_shared
 from kvpolicy.plan import LayerPlan, PoolPlan
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.stored import opened_up
@@ -44,11 +45,15 @@ class LayerState:
         for tensor in self.tensors.values():
             tensor.zero_()
         self.position.fill_(-1)
+        for pool in self.plan.shared:
+            self.tensors[f"{pool.name}.position"].fill_(-1)
+            self.tensors[f"{pool.name}.owner"].fill_(-1)
         if "queries" in self.tensors:
             self.tensors["query_position"].fill_(-1)
         nothing = torch.zeros(self.position.shape[:2], dtype=torch.int64, device=self.position.device)
         for pool in self.plan.pools:
-            self.lay_ring(pool, nothing, nothing[:, 0])
+            if not pool.shared:
+                self.lay_ring(pool, nothing, nothing[:, 0])
 
     def lay_ring(self, pool: PoolPlan, count: Tensor, opened: Tensor) -> None:
         """Lay out a ring anew: units from ``count`` [B, K] up are free, the newest one, if any, is ``count - 1``.
@@ -64,12 +69,44 @@ class LayerState:
         tail.copy_(opened[:, None] + pool.units - count)
 
     def span(self, pool: PoolPlan) -> slice:
-        """The slots of a pool."""
+        """The slots of a pool: of those that each head has, or of ``all_positions``, where shared ones lie behind."""
         return slice(pool.offset, pool.offset + pool.capacity)
+
+    def slot_positions(self, pool: PoolPlan) -> Tensor:
+        """Positions by slot of a pool [B, K, U * page]; of a shared slot, -1 to all heads but its owner."""
+        if not pool.shared:
+            return self.position[:, :, self.span(pool)]
+        owned = self.tensors[f"{pool.name}.owner"][:, None] == self.heads[..., None]
+        return torch.where(owned, self.tensors[f"{pool.name}.position"][:, None], -1)
+
+    @property
+    def all_positions(self) -> Tensor:
+        """Positions by slot of the layer, shared slots at the end [B, K, S + shared]."""
+        shared = [self.slot_positions(pool) for pool in self.plan.shared]
+        return torch.cat([self.position, *shared], dim=2) if shared else self.position
+
+    @property
+    def shared_slots(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys and values [B, T, D] and owners [B, T] of each shared pool."""
+        names = ("keys", "values", "owner")
+        return [tuple(self.tensors[f"{pool.name}.{name}"] for name in names) for pool in self.plan.shared]  # type: ignore[misc]
+
+    def mix(self, probabilities: Tensor) -> Tensor:
+        """Attention [B, K, G, D] of probabilities [B, K, G, S + shared], slots as in ``all_positions``."""
+        own, *shared = probabilities.split([self.position.shape[2], *(pool.capacity for pool in self.plan.shared)], -1)
+        out = torch.matmul(own.to(self.values.dtype), self.all_values())
+        for part, (_, values, _) in zip(shared, self.shared_slots, strict=True):
+            out = out + mix_shared(part, values)
+        return out
 
     def pool_positions(self, pool: PoolPlan) -> Tensor:
         """Positions by unit [B, K, U, page]."""
-        return self.position[:, :, self.span(pool)].unflatten(2, (pool.units, pool.page))
+        return self.slot_positions(pool).unflatten(2, (pool.units, pool.page))
+
+    def by_head(self, pool: PoolPlan, name: str) -> Tensor:
+        """A buffer of a pool [B, K, U, ...]; every head sees all of a shared one."""
+        tensor = self.tensors[f"{pool.name}.{name}"]
+        return tensor[:, None].expand(-1, self.heads.shape[1], *tensor.shape[1:]) if pool.shared else tensor
 
     def resident_units(self, pool: PoolPlan) -> Tensor:
         """Which units hold a token [B, K, U]; pages fill from their first slot."""

@@ -27,12 +27,18 @@ class Turn:
 
     def __init__(self, state: LayerState, clocks: Clocks, geometry: ModelGeometry, empty: bool) -> None:
         self.geometry = geometry
+        held = {pool.name: state.resident_units(pool).sum(-1) for pool in state.plan.shared}
         self.base = {pool.name: 0 if empty else pool.units for pool in state.plan.pools}
+        self.base |= {name: int(count.max()) for name, count in held.items()}  # units of the fullest head
         self.begun = False
         self.state = state
         self.landing: dict[str, int] = {}  # by pool that sends, the first of the units that it fills elsewhere
         self.newest = {
-            pool.name: torch.full_like(state.tensors[f"{pool.name}.tail"], -1) if empty else state.newest_unit(pool)
+            pool.name: held[pool.name] - 1
+            if pool.shared
+            else torch.full_like(state.tensors[f"{pool.name}.tail"], -1)
+            if empty
+            else state.newest_unit(pool)
             for pool in state.plan.pools
         }
 
@@ -48,8 +54,9 @@ class Turn:
                 room[pool.name] += room[source.name]
         pools: list[PoolPlan] = []
         offset = 0
-        for pool in old.plan.pools:  # here everything is at the model's precision
-            pools.append(replace(pool, capacity=max(1, room[pool.name]) * pool.page, offset=offset, store=None))
+        for pool in old.plan.pools:  # here everything is at the model's precision, head by head
+            capacity = max(1, room[pool.name]) * pool.page
+            pools.append(replace(pool, capacity=capacity, offset=offset, store=None, shared=False))
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
         plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))

@@ -21,7 +21,8 @@ from kvpolicy.scorers.sight import Leaf, Sight, masked_softmax
 def gumbel_attention(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     """Noisy attention mass of the scoring queries; of a page, its best token's."""
     state = sight.state
-    noise = gumbel(int(leaf.args["seed"]), state.layer, state.kv_heads[..., None], state.position.long()).flatten(0, 1)
+    noise = gumbel(int(leaf.args["seed"]), state.layer, state.kv_heads[..., None], state.all_positions.long())
+    noise = noise.flatten(0, 1)
     growing = float(leaf.args["growth"]) * state.clocks.t[:, None].float()
     temperature = (float(leaf.args["temperature"]) + growing).expand(state.position.shape[:2]).flatten()
 

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kvpolicy.attention import Reduce, column_sums, prompt_scores, reduce_heads, scaled_logits
+from kvpolicy.attention import Reduce, column_sums, prompt_scores, reduce_heads, scaled_logits, shared_logits
 from kvpolicy.errors import UsageError
 from kvpolicy.plan import PoolPlan, ScorerPlan
 
@@ -78,7 +78,8 @@ class Leaf:
 class Sight:
     """The slots as scorers see them, in one layer and pass.
 
-    ``state`` offers keys, values, positions and buffers (``runtime.state.LayerState``); ``candidates`` maps a pool's
+    ``state`` offers keys, values, positions and buffers (``runtime.state.LayerState``); wherever S counts all slots of
+    a layer, those that heads share come last. ``candidates`` maps a pool's
     name to its unprotected resident units [B, K, U]; ``read`` are the slots [B, K, S] that the pass reads, None
     where it reads all; ``turned`` are the keys at their ranks [B, K, S, D], where positions are compact.
     """
@@ -105,7 +106,7 @@ class Sight:
         """The slots [B, K, S] over which ``over`` takes the softmax, as far as they are read; None for all."""
         if leaf.over == "cache":
             return self.read
-        inside = torch.zeros_like(self.state.position, dtype=torch.bool)
+        inside = torch.zeros_like(self.state.all_positions, dtype=torch.bool)
         units = self.candidates[pool.name] if leaf.over == "candidates" else self.state.resident_units(pool)
         inside[:, :, self.state.span(pool)] = units[..., None].expand(-1, -1, -1, pool.page).flatten(2)
         return inside if self.read is None else inside & self.read
@@ -165,6 +166,13 @@ def masked_softmax(logits: Tensor, domain: Tensor | None) -> Tensor:
     return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
 
 
+def beside_shared(logits: Tensor, state: Any, query: Tensor, scaling: float) -> Tensor:
+    """Logits [B, K, G, S] of queries [B, K, G, D] over the slots that each head has, and behind them those over slots
+    that heads share."""
+    shared = [shared_logits(query, keys, owner, scaling) for keys, _, owner in state.shared_slots]
+    return torch.cat([logits, *shared], dim=-1) if shared else logits
+
+
 def finite(logits: Tensor) -> Tensor:
     """Logits with 0 where a slot is masked."""
     return torch.where(logits.isinf(), 0.0, logits)
@@ -182,6 +190,7 @@ class NewestQuery(Sight):
     @classmethod
     def of(cls, state: Any, query: Tensor, hidden: Tensor, scaling: float, turned: Tensor | None = None) -> NewestQuery:
         logits = scaled_logits(query, state.all_keys() if turned is None else turned, hidden, scaling)
+        logits = beside_shared(logits, state, query, scaling)
         return cls(state, scaling, {}, query, logits, masked_softmax(logits, None), turned=turned)
 
     def by_slot(self) -> list[tuple[Tensor, float]]:
@@ -315,13 +324,16 @@ class LastQueries(Sight):
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span = self.state.span(pool)
-        logits = finite(self._dot(self.query, self.keys_of(pool), self.position[:, :, span]))
+        if pool.shared:
+            logits = finite(self._everywhere(self.position)[..., span])
+        else:
+            logits = finite(self._dot(self.query, self.keys_of(pool), self.position[:, :, span]))
         return reduce_heads(self._mean(logits), leaf.heads)
 
     def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
         domain = self.domain(pool, leaf)
         position = self.position if domain is None else torch.where(domain, self.position, -1)
-        logits = self._dot(self.query, self.keys, position)
+        logits = self._everywhere(position)
         values = reduce(logits.flatten(0, 1), slice(None)).unflatten(0, logits.shape[:2])
         return reduce_heads(self._mean(values)[..., self.state.span(pool)], leaf.heads)
 
@@ -335,6 +347,17 @@ class LastQueries(Sight):
             for side, box in ((self.query.clamp(min=0), high), (self.query.clamp(max=0), low))
         )
         return reduce_heads(self._mean(above + below), leaf.heads)
+
+    def _everywhere(self, position: Tensor) -> Tensor:
+        """``_dot`` over every slot of the layer [B, K, G, w, S + shared], at ``position`` [B, K, S + shared]."""
+        keys, window = self.keys, self.query.shape[2]
+        logits = self._dot(self.query, keys, position[:, :, : keys.shape[2]])
+        if not self.state.plan.shared:
+            return logits
+        grouped = rearrange(self.query, "b (k g) w d -> b k (g w) d", k=keys.shape[1])
+        logits = beside_shared(logits.flatten(2, 3), self.state, grouped, self.scaling).unflatten(2, (-1, window))
+        place = position[:, :, None, None]
+        return logits.masked_fill((place < 0) | (place > self.query_position[:, None, None, :, None]), float("-inf"))
 
     def _dot(self, query: Tensor, keys: Tensor, position: Tensor) -> Tensor:
         """Scaled q.k in float32 [B, K, G, w, S]; -inf where a slot is empty, or its token later than the query."""

@@ -186,9 +186,8 @@ def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
             for leaf in part.policies[pool.name].leaves:
                 if leaf.memory == "none":
                     continue
-                values = state.tensors[f"{pool.name}.memory.{leaf.number}"].tolist()
-                gaps = state.tensors.get(f"{pool.name}.gap.{leaf.number}")
-                gap_values = gaps.tolist() if gaps is not None else None
+                values = state.by_head(pool, f"memory.{leaf.number}").tolist()
+                gap_values = state.by_head(pool, f"gap.{leaf.number}").tolist() if leaf.memory == "recurrence" else None
                 for row, heads in enumerate(places):
                     for head, units in enumerate(heads):
                         found = rows[row].setdefault((numbers[head], pool.name, leaf.number), {})

@@ -20,7 +20,7 @@ from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.testing.beside import Beside, memories
 from tests.attention.interpreting import quick_interpreter
-from tests.invariants.policies import EVICTING, UPDATING, thorough, tight
+from tests.invariants.policies import evicts, thorough, tight, updates
 
 GEOMETRY = ModelGeometry("random", layers=1, query_heads=2, kv_heads=1, head_dim=8)
 FUSED = {"dense", "window", "streaming-llm", "h2o", "raas", "scope-slide", "scope-adaptive", "scope-discontinuous"}
@@ -104,7 +104,9 @@ def assert_remembered(ours: list, theirs: list) -> None:
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine.keys() == yours.keys()
         for place, units in mine.items():
-            assert units == pytest.approx(yours[place], rel=1e-5, abs=1e-6)
+            assert units.keys() == yours[place].keys()
+            for unit, memory in units.items():  # one number, or two
+                assert memory == pytest.approx(yours[place][unit], rel=1e-5, abs=1e-6)
 
 
 def small(policy: Policy, **sizes: int) -> Plan:
@@ -125,8 +127,8 @@ def test_shipped_policies(name: str, device: torch.device) -> None:
     plan = make_plan(tight(name), GEOMETRY, batch=2, prompt=(17, 24), max_new_tokens=64)
     cache = run(plan, device, tied, long_enough(plan))
     assert cache.layers[0].unfused_reason is None or name not in FUSED
-    assert name not in EVICTING or cache.stats()["evicted"] > 0
-    assert name not in UPDATING or cache.passes["update"] > 0
+    assert cache.stats()["evicted"] > 0 or not evicts(plan)
+    assert cache.passes["update"] > 0 or not updates(plan)
 
 
 OTHERS = {

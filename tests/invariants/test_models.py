@@ -56,7 +56,9 @@ def test_a_live_model_keeps_what_the_oracle_keeps_within_the_plan(name, family, 
         live.feed(new, mask)
         for number, layer in enumerate(plan.layers):
             held = (cache.positions(number) >= 0).sum(-1)
-            assert int(held.max()) <= layer.slots
+            shared = sum(pool.capacity for pool in layer.shared)
+            assert int(held.max()) <= layer.slots + shared
+            assert int(held.sum(-1).max()) <= layer.slots * held.shape[1] + shared
             if cache.moment.kind != "plain" and all(pool.cadence == 1 for pool in layer.pools if pool.evicts):
                 assert int(held.max()) <= layer.bound
     assert cache.bytes == plan.bytes

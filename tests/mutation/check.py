@@ -35,6 +35,7 @@ SHIPPED = {
     "h2o": {"heavy": 6, "recent": 3},
     "tova": {"budget": 9},
     "scope-slide": {"alpha": 8, "alpha2": 2, "beta1": 5, "beta2": 3},
+    "ada-kv": {"budget": 8, "window": 1, "kernel": 1},
 }
 SAID = {"pattern": "uniform", "noise": 2.0, "prompt": [11, 4], "steps": 20, "layers": 2, "heads": 4, "kv_heads": 2}
 FLAGGED = """

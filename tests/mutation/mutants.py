@@ -269,6 +269,31 @@ MUTANTS = (
         "size.copy_(now if due is None else torch.where(due[:, None], now, size))",
         "size.copy_(now)",
     ),
+    # heads that share a budget, and slots
+    Mutant(
+        "what a head wins is rounded down",
+        R + "across_heads",
+        "(2 * mixed + whole) // (2 * whole)",
+        "mixed // whole",
+    ),
+    Mutant(
+        "heads win one place more than there is",
+        R + "across_heads",
+        "losers = candidate.sum((1, 2)) - room.sum(1)",
+        "losers = candidate.sum((1, 2)) - room.sum(1) - 1",
+    ),
+    Mutant(
+        "heads attend to each other's tokens",
+        A + "shared",
+        "foreign = owner[:, None] != heads[:, None]",
+        "foreign = (owner[:, None] < 0).expand(-1, len(heads), -1)",
+    ),
+    Mutant(
+        "a shared token is written down as the first head's",
+        R + "shared_slots",
+        "torch.where(position >= 0, owner, -1)",
+        "torch.where(position >= 0, 0, -1)",
+    ),
     # clocks, turns and packing
     Mutant(
         "padding counts as prompt",

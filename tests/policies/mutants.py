@@ -61,6 +61,8 @@ def changes(answers: Answers) -> Iterator[tuple[str, Answers]]:
             yield f"first {what}", {**answers, "pinned": {"first": f"({answers['pinned']['first']}) {change}"}}
     if answers.get("pinned") == "survivors":
         yield "nobody pinned", without(answers, "pinned")
+    if "tokens" in answers.get("pinned", ()):
+        yield "special tokens unpinned", without(answers, "pinned")
     update = answers.get("update", {"every": 1})
     if isinstance(update, dict):
         yield "updates one step apart", {**answers, "update": {"every": f"({update['every']}) + 1"}}

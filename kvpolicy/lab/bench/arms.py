@@ -127,6 +127,11 @@ class PolicyArm(Arm):
             for row in range(shape[0]):  # a row at a time: a second cache of this size may not fit
                 for part in (state.keys[row], state.values[row]):
                     part.copy_(torch.where(empty[row, ..., None], torch.randn_like(part), part))
+            for keys, values, owner in state.shared_slots:
+                heads = torch.arange(owner.shape[1], device=self.device, dtype=owner.dtype) % shape[1]
+                for part in (keys, values):
+                    part.copy_(torch.where((owner < 0)[..., None], torch.randn_like(part), part))
+                owner.copy_(torch.where(owner < 0, heads, owner))
 
     def advance(self, count: int) -> None:
         """Let ``count`` generated tokens with random keys, values and queries pass through the cache alone."""

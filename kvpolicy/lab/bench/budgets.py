@@ -205,7 +205,7 @@ def _settings(values: Mapping[str, Fraction]) -> dict[str, str]:
 
 def held_by(plan: Plan) -> int:
     """Tokens held after an update per row and KV head, the mean of the layers."""
-    return round(Fraction(sum(layer.bound for layer in plan.layers), len(plan.layers)))
+    return round(Fraction(sum(plan.even(layer).bound for layer in plan.layers), len(plan.layers)))
 
 
 def _pages(plan: Plan) -> list[int]:

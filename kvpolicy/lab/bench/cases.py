@@ -55,7 +55,7 @@ class Case:
     @property
     def slots(self) -> int:
         """Tokens allocated per row and KV head, the mean of the layers."""
-        return round(sum(layer.slots for layer in self.plan.layers) / len(self.plan.layers))
+        return round(sum(self.plan.even(layer).slots for layer in self.plan.layers) / len(self.plan.layers))
 
 
 def full_cache(

@@ -117,9 +117,11 @@ def pool(pen: Pen, name: str, others: Sequence[str], pools: Sequence[str], *, li
         answers["scorer"] = scorer(pen, others, pools)
     if pen.chance(3):
         answers["update"] = pen.pick(({"every": pen.planned(1, 6)}, "prompt-end", "every-step"))
-    evict = evicted(pen)
+    evict = evicted(pen, name)
     if evict:
         answers["evict"] = evict
+    if evict.get("scope") == "across-heads" and not pen.runs(probe({"evict": {"scope": "across-heads"}})):
+        answers["update"] = "prompt-end"
     stored(pen, answers, others, pools, fits)
     return answers
 
@@ -138,14 +140,23 @@ def pinned(pen: Pen, others: Sequence[str], pools: Sequence[str]) -> tuple[Any, 
     return [pen.pick(ways), {"first": first}], count
 
 
-def evicted(pen: Pen) -> Answers:
+def evicted(pen: Pen, name: str) -> Answers:
     answers: Answers = {}
     if pen.chance(4):
-        scopes = ["layer", "kv-head", "across-heads"]
-        answers["scope"] = pen.pick([scope for scope in scopes if pen.runs(probe({"evict": {"scope": scope}}))])
+        answers["scope"] = pen.pick(
+            [scope for scope in ("layer", "kv-head", "across-heads") if decides(pen, name, scope)]
+        )
         if answers["scope"] == "across-heads" and pen.chance(2):
             answers["floor"] = pen.known(pen.pick(("20%", "0", "1")))
     return answers
+
+
+def decides(pen: Pen, name: str, scope: str) -> bool:
+    """Whether the heads of a pool may decide so; a pool of the prompt may be able to do so at its end alone."""
+    if name == "prompt" and scope == "across-heads":
+        prompt = {"admit": "prompt", "budget": 8, "update": "prompt-end", "evict": {"scope": scope}}
+        return pen.runs({"kvpolicy": 1, "name": "probe", "pools": {name: prompt, "rest": {"admit": "all"}}})
+    return pen.runs(probe({"evict": {"scope": scope}}))
 
 
 def stored(pen: Pen, answers: Answers, others: Sequence[str], pools: Sequence[str], page: int) -> None:
