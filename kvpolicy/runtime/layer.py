@@ -504,8 +504,11 @@ class PolicyLayer(CacheLayerMixin):
 def _stretches(layer: LayerPlan) -> list[list[PoolPlan]]:
     """Neighbouring pools that are read alike: whole, or each by its own choice."""
     stretches: list[list[PoolPlan]] = []
-    for pool in (pool for pool in layer.pools if not pool.shared):
-        if stretches and pool.read is None and stretches[-1][-1].read is None:
+    for pool in sorted((pool for pool in layer.pools if not pool.shared), key=lambda pool: pool.offset):
+        alone = (
+            pool.read is not None or pool.store is not None
+        )  # of what is stored in few bits, each is opened up apart
+        if stretches and not alone and stretches[-1][-1].read is None and stretches[-1][-1].store is None:
             stretches[-1].append(pool)
         else:
             stretches.append([pool])
