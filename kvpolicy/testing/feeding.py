@@ -118,9 +118,13 @@ class OracleAlone:
 
 
 class RuntimeBeside:
-    """The runtime, compared with the oracle after every pass; ``compiled`` are its generated ones. Imports torch."""
+    """The runtime, compared with the oracle after every pass; ``compiled`` are its generated ones. Imports torch.
 
-    def __init__(self, plan: Plan, *, compiled: bool = False) -> None:
+    ``frequencies``: where positions are compact, keys carry a rotation of these in the runtime; by default none.
+    """
+
+    def __init__(self, plan: Plan, *, compiled: bool = False, frequencies: tuple[float, ...] = ()) -> None:
+        from kvpolicy.attention import Rotation
         from kvpolicy.testing.beside import Beside, Run, run_layer
 
         generated: Run = run_layer
@@ -128,7 +132,8 @@ class RuntimeBeside:
             from kvpolicy.testing.compiled import CompiledRun
 
             generated = CompiledRun()
-        self.plan, self.beside = plan, Beside(plan, generated=generated)
+        self.plan = plan
+        self.beside = Beside(plan, generated=generated, rotation=Rotation(frequencies))
 
     @property
     def near_ties(self) -> int:

@@ -30,6 +30,10 @@ class Agreed:
     refused: tuple[str, ...] = ()
 
 
+FREQUENCIES = (1.0, 0.1, 0.01)
+"""Of keys that turn, so that where they are turned from and to shows."""
+
+
 class Overrun(AssertionError):
     """A pool holds more than its plan says it ever will."""
 
@@ -57,6 +61,8 @@ def agree(policy: str, text: Mapping[str, Any], *, compiled: bool = False) -> Ag
         hear(feed, said)
         if plan.prompt_chunk is not None:  # the runtime cuts the prompt itself, too
             hear(RuntimeBeside(plan), said, whole=True)
+        if plan.policy.positions == "compact":
+            hear(RuntimeBeside(plan, frequencies=FREQUENCIES[: plan.geometry.head_dim // 2]), said)
     agreement, stats = feed.beside.agreement, feed.beside.cache.stats()
     return Agreed(agreement.compared, stats["evicted"], tuple(str(tie) for tie in agreement.near_ties))
 

@@ -57,6 +57,14 @@ name: pinned
 pools:
   all: {admit: all, page: 2, budget: 6, pinned: {tokens: special}, scorer: {signal: attention}}
 """
+CHUNKED = """
+kvpolicy: 1
+name: chunked
+prompt_chunk: 8
+positions: compact
+pools:
+  all: {admit: all, page: 3, budget: 'max(6, 18 - prompt_len)', scorer: {signal: attention, queries: {last: 3}}}
+"""
 FLAGS = {"special": [0, 6], "images": ["1..3", 9]}
 
 
@@ -94,7 +102,7 @@ def changed_source(mutant: Mutant, source: str) -> str:
 
 
 def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, policy and text: shipped policies, flagged tokens, what the search once found, then random ones."""
+    """Name, policy and text: shipped policies, flagged tokens, chunks, what the search once found, then random ones."""
     from kvpolicy.language import load_policy
     from kvpolicy.testing.shrinking import Choices
     from kvpolicy.testing.strategies.policies import draw_policy
@@ -104,6 +112,7 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield name, load_policy(name, params).to_yaml(), SAID
     for name, policy in (("shared out", FLAGGED), ("pinned", PINNED)):
         yield name, policy, {**SAID, **FLAGS}
+    yield "chunked", CHUNKED, SAID
     for path in sorted(FOUND.glob("*.yaml")):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         for test in document.pop("tests"):

@@ -322,8 +322,32 @@ MUTANTS = (
     Mutant(
         "a later turn's tokens are counted twice in their pool's order",
         R + "turn",
-        "ordinal = (clock.seen - clock.turn_tokens)[row] + place[row, column[:, None]]",
-        "ordinal = clock.seen[row] + place[row, column[:, None]]",
+        "ordinal = (clock.seen - clock.turn_tokens)[row] + place",
+        "ordinal = clock.seen[row] + place",
+    ),
+    Mutant(
+        "a chunk of the prompt opens a page of its own",
+        R + "turn",
+        "    return -clock.heard % pool.page\n",
+        "    return torch.zeros_like(clock.heard)\n",
+    ),
+    Mutant(
+        "an update after a chunk is told of the whole prompt",
+        R + "chunks",
+        "    now.prompt_len, now.turn_tokens = clocks.prompt_len.clone(), inside.sum(1)\n",
+        "    now.prompt_len, now.turn_tokens = clocks.prompt_len, inside.sum(1)\n",
+    ),
+    Mutant(
+        "where positions are compact, keys stay where they were rotated",
+        R + "compact",
+        "ranks(position, position), self.frequencies",
+        "position.clamp(min=0), self.frequencies",
+    ),
+    Mutant(
+        "a window's queries stay where they were rotated",
+        R + "layer",
+        "                queries = self.compact.queries(queries, placed, position)\n",
+        "                queries = queries\n",
     ),
     Mutant(
         "what a pool above has taken enters the next one as well",
