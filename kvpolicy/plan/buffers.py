@@ -49,8 +49,6 @@ def _pool_buffers(layer: LayerPlan, pool: PoolPlan, geometry: ModelGeometry, bat
         yield from _stored_buffers(pool, geometry, batch)
     if pool.needs_ordinals:
         yield Buffer(f"{name}.ordinal", slots, "int32")
-    if pool.pin_special and pool.evicts:
-        yield Buffer(f"{name}.special", slots, "bool")
     if pool.pin_survivors and pool.evicts:
         yield Buffer(f"{name}.survivor", units, "bool")
     if pool.size_read:
@@ -86,11 +84,16 @@ def _stored_buffers(pool: PoolPlan, geometry: ModelGeometry, batch: int) -> Iter
             yield Buffer(f"{name}.open", (*heads, pool.page, size), geometry.dtype)
 
 
-def clock_buffers(streams: tuple[Stream, ...], batch: int) -> tuple[Buffer, ...]:
-    """The clocks that all layers share: one set per row, and one per order of arrival."""
+def clock_buffers(streams: tuple[Stream, ...], batch: int, flagged: int) -> tuple[Buffer, ...]:
+    """The clocks that all layers share: one set per row, and one per order of arrival.
+
+    ``flagged``: for how many positions a row notes whether a special token stands there; 0 where no pin asks.
+    """
     rows = (batch,)
     buffers = [Buffer("t", rows, "int64"), Buffer("prompt_len", rows, "int64"), Buffer("position", rows, "int32")]
     for number in range(len(streams)):
         buffers += [Buffer(f"{name}.{number}", rows, "int64") for name in ("seen", "fill", "opened")]
         buffers.append(Buffer(f"ordinal.{number}", rows, "int32"))
+    if flagged:
+        buffers.append(Buffer("special", (batch, flagged), "bool"))
     return tuple(buffers)

@@ -15,7 +15,17 @@ from kvpolicy.language.signals import definition
 from kvpolicy.plan.buffers import clock_buffers, layer_buffers
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.sizes import Lengths, size_pools
-from kvpolicy.plan.structure import TRAITS, LayerPlan, Plan, PoolPlan, ReadPlan, ScorerPlan, StorePlan, Stream
+from kvpolicy.plan.structure import (
+    TRAITS,
+    LayerPlan,
+    Plan,
+    PoolPlan,
+    ReadPlan,
+    ScorerPlan,
+    StorePlan,
+    Stream,
+    pins_special,
+)
 
 Known = Mapping[str, Fraction]
 Path = tuple[str | int, ...]  # keys and indices from the top of a policy's text
@@ -64,7 +74,7 @@ def make_plan(
         turns=turns,
         layers=tuple(layers),
         streams=streams,
-        clocks=clock_buffers(streams, batch),
+        clocks=clock_buffers(streams, batch, high + max_new_tokens if pins_special(layers) else 0),
         prompt_chunk=chunk,
     )
     _check_total(plan, lengths)

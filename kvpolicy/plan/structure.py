@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -310,9 +310,9 @@ class Plan:
     @property
     def traits(self) -> frozenset[str]:
         """Which of "special" and "image" the policy must be told of a prompt's tokens."""
-        pools = [pool for layer in self.layers for pools in (layer.pools, *(layer.heads or ())) for pool in pools]
+        pools = (pool for layer in self.layers for pool in layer.every_pool)
         asked = frozenset().union(*(pool.order_of_arrival.traits for pool in pools))
-        return asked | ({"special"} if any(pool.pin_special and pool.evicts for pool in pools) else frozenset())
+        return asked | ({"special"} if pins_special(self.layers) else frozenset())
 
     @property
     def reads_lengths(self) -> bool:
@@ -337,6 +337,11 @@ class Plan:
             for layer in self.layers
             for pool in layer.every_pool
         )
+
+
+def pins_special(layers: Iterable[LayerPlan]) -> bool:
+    """Whether some pool keeps special tokens where it would otherwise drop them."""
+    return any(pool.pin_special and pool.evicts for layer in layers for pool in layer.every_pool)
 
 
 def admitted(pool: PoolPlan, prompt: int, generated: int) -> int:

@@ -60,8 +60,6 @@ def _numbers_that_change(layer: LayerPlan) -> Iterator[str]:
 def _pool(pool: PoolPlan) -> Iterator[str]:
     if pool.scope == "across-heads" and pool.evicts and not pool.shared:
         yield _across_heads(pool)
-    if pool.fed and pool.pin_special:
-        yield "special tokens pinned where another pool moves its units"
     if pool.evicts:
         for leaf in pool.scorer.leaves():
             yield from _leaf(leaf)

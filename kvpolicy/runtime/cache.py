@@ -378,6 +378,7 @@ class PolicyCache(Cache):
             max_new_tokens=max(max_new_tokens or 0, self.plan.max_new_tokens),
             turns=self.plan.turns + 1,
         )
+        self.clocks.extend(plan)
         for number, layer in enumerate(plan.layers):
             self.layers[number].replan(layer)
         self.plan = plan

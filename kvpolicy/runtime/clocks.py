@@ -112,7 +112,8 @@ class StreamClock:
 class Clocks:
     """The row clocks of one cache: ``t`` generated and ``prompt_len`` prompt tokens of each row, padding left out.
 
-    ``position`` [B] is the place of the newest generated token in its row's text.
+    ``position`` [B] is the place of the newest generated token in its row's text. ``special`` [B, positions] says where
+    special tokens stand, None where no pin asks: a token is special in every layer and head, whichever slot it lies in.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -123,11 +124,20 @@ class Clocks:
             for i, stream in enumerate(plan.streams)
         ]
         self.turn_tokens = torch.zeros_like(self.t)
+        self.special = tensors.get("special")
         self.reset()
+
+    def extend(self, plan: Plan) -> None:
+        """Room for the positions of a longer plan."""
+        for buffer in plan.clocks:
+            if buffer.name == "special" and self.special is not None:
+                wider = torch.zeros(buffer.shape, dtype=torch.bool, device=self.special.device)
+                wider[:, : self.special.shape[1]] = self.special
+                self.special = wider
 
     def tensors(self) -> list[Tensor]:
         """Every tensor with one entry per row, for reordering and for counting bytes."""
-        own = [self.t, self.prompt_len, self.position]
+        own = [self.t, self.prompt_len, self.position, *([] if self.special is None else [self.special])]
         return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened, clock.ordinal)]
 
     def reset(self) -> None:
@@ -135,8 +145,16 @@ class Clocks:
         self.columns = 0  # seen by the model, padding included: what transformers slices its inputs by
         for tensor in (self.t, self.prompt_len, self.position, self.turn_tokens):
             tensor.zero_()
+        if self.special is not None:
+            self.special.zero_()
         for clock in self.streams:
             clock.reset()
+
+    def is_special(self, position: Tensor) -> Tensor:
+        """Whether the tokens at these positions [B, K, S] are special; of no meaning where a slot is empty (-1)."""
+        assert self.special is not None
+        flags = self.special[:, None].expand(-1, position.shape[1], -1)
+        return flags.gather(2, position.clamp(min=0).long())
 
     def count(self) -> None:
         """A generated pass, one token in every row: the host's half, which no graph reads."""
@@ -168,6 +186,9 @@ class Clocks:
         """
         before = self.prompt_len + self.t
         position = torch.where(valid, before[:, None] + valid.long().cumsum(1) - 1, -1)
+        if self.special is not None:
+            row, column = (traits["special"] & valid).nonzero(as_tuple=True)
+            self.special[row, position[row, column]] = True
         tokens = valid.sum(1)
         begins = (self.turn_tokens == 0) & (tokens > 0)
         self.prompt_len += tokens

@@ -390,7 +390,7 @@ class PolicyLayer(CacheLayerMixin):
         if moment.first or self.turn is None:
             self.turn = Turn(self.state, self.clocks, self.geometry, moment.empty)
         self.turn.widen(self.policies, self.clocks)
-        self.turn.admit(key, value, moment.position, moment.places, moment.traits, self.clocks, self.policies)
+        self.turn.admit(key, value, moment.position, moment.places, self.clocks, self.policies)
         wide, sums = self.turn.state, None
         if "queries" in self.state.tensors:
             self._remember_queries(query, moment.position)
@@ -504,8 +504,11 @@ class PolicyLayer(CacheLayerMixin):
 def _stretches(layer: LayerPlan) -> list[list[PoolPlan]]:
     """Neighbouring pools that are read alike: whole, or each by its own choice."""
     stretches: list[list[PoolPlan]] = []
-    for pool in (pool for pool in layer.pools if not pool.shared):
-        if stretches and pool.read is None and stretches[-1][-1].read is None:
+    for pool in sorted((pool for pool in layer.pools if not pool.shared), key=lambda pool: pool.offset):
+        alone = (
+            pool.read is not None or pool.store is not None
+        )  # of what is stored in few bits, each is opened up apart
+        if stretches and not alone and stretches[-1][-1].read is None and stretches[-1][-1].store is None:
             stretches[-1].append(pool)
         else:
             stretches.append([pool])

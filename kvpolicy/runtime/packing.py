@@ -15,7 +15,6 @@ from kvpolicy.runtime.shared_slots import pack_shared, unpack_shared
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.stored import SIDES, opened_up, store_all
 
-BY_TOKEN = (".ordinal", ".special")  # a pool's buffers with an entry for every token; the others go by unit
 STORED = (".codes", ".scale", ".zero", ".open")  # what a page is as codes goes by itself
 WINDOW_BUFFERS = ("queries", "query_position")
 
@@ -98,8 +97,8 @@ def _move(old: LayerState, source: PoolPlan, new: LayerState, target: PoolPlan, 
         kept, room = old.tensors[name], new.tensors[name]
         if kept.dim() == 2 or name.endswith(".ring"):
             continue
-        index = slots if name.endswith(BY_TOKEN) else units
-        room[:, :, : index.shape[-1]] = kept[old.rows[..., None], old.heads[..., None], index]
+        inside = slots if name.endswith(".ordinal") else units
+        room[:, :, : inside.shape[-1]] = kept[old.rows[..., None], old.heads[..., None], inside]
 
 
 def _numbers(state: LayerState, pool: PoolPlan, side: str) -> Tensor:

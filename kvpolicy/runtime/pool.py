@@ -68,8 +68,8 @@ class PoolPolicy:
                 free = free & _whole_units(pool, state, ordinal < _each(edge))
             if self.first is not None:
                 free = free & _whole_units(pool, state, ordinal >= _each(floored(self.first, values)))
-        if pool.pin_special:  # such a token never leaves, so its slot is never another's: nothing has to be wiped
-            free = free & _whole_units(pool, state, ~state.tensors[f"{pool.name}.special"])
+        if pool.pin_special:
+            free = free & _whole_units(pool, state, ~clocks.is_special(state.pool_positions(pool).flatten(2)))
         if pool.fed and (self.window is not None or self.first is not None):
             free = free & ~self._guarded_by_place(pool, state, values)
         elif pool.page > 1 and not pool.fed:

@@ -7,7 +7,6 @@ packed into the layer's own slots. Prompt passes are eager: shapes here follow t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -77,21 +76,20 @@ class Turn:
         value: Tensor,
         position: Tensor,
         places: Places,
-        traits: Mapping[str, Tensor],
         clocks: Clocks,
         policies: dict[str, PoolPolicy],
     ) -> None:
         """Write a pass's tokens, each into the pool that admits it.
 
-        key and value [B, K, N, D], position [B, N] (-1 for padding), by stream their ``places`` [B, N] within the turn
-        (-1 elsewhere), and which have the ``traits`` that the policy asks for [B, N].
+        key and value [B, K, N, D], position [B, N] (-1 for padding), and by stream their ``places`` [B, N] within the
+        turn (-1 elsewhere).
         """
         state = self.state
         for pool in state.plan.pools:
             newest, clock = self.newest[pool.name], clocks.streams[pool.stream]
             place = places[pool.stream]
             if place is not None:
-                self._write(pool, key, value, position, place, traits, clock)
+                self._write(pool, key, value, position, place, clock)
                 self._enter(policies[pool.name], pool)
                 fresh = clock.turn_tokens - clock.heard - _left_open(pool, clock)
                 last = self.base[pool.name] + -(-fresh // pool.page) - 1
@@ -105,7 +103,6 @@ class Turn:
         value: Tensor,
         position: Tensor,
         place: Tensor,
-        traits: Mapping[str, Tensor],
         clock: StreamClock,
     ) -> None:
         """The tokens of one pool: those that have a ``place`` [B, N].
@@ -122,9 +119,6 @@ class Turn:
         state.keys[slot] = key[row, state.heads, column[:, None]]
         state.values[slot] = value[row, state.heads, column[:, None]]
         state.position[slot] = position[row, column[:, None]].to(torch.int32).expand_as(inside)
-        if f"{pool.name}.special" in state.tensors:
-            flags = traits["special"][row, column[:, None]].expand_as(inside)
-            state.tensors[f"{pool.name}.special"][row, state.heads, inside] = flags
         if pool.needs_ordinals:
             ordinal = (clock.seen - clock.turn_tokens)[row] + place[row, column[:, None]]
             state.tensors[f"{pool.name}.ordinal"][row, state.heads, inside] = ordinal.to(torch.int32).expand_as(inside)

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpolicy
-from kvpolicy.architecture import architectures
+from kvpolicy.architecture import architecture_of, architectures
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab import recording
 from kvpolicy.lab.recording import Recorded, record
@@ -22,6 +22,7 @@ from kvpolicy.lab.running import Request
 from kvpolicy.language import load_policy, loads_policy
 from kvpolicy.models import load_model
 from kvpolicy.patching import listening
+from kvpolicy.patching.checks import decoder_layers
 from kvpolicy.testing.feeding import OracleAlone, RuntimeBeside, plan_for, watch
 from kvpolicy.testing.full_cache import FullCache
 from kvpolicy.testing.models import random_model
@@ -68,7 +69,7 @@ def own_attention(model: Any, ids: tuple[int, ...]) -> tuple[list[np.ndarray], l
     outputs: list[np.ndarray] = []
     hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0].float().numpy()))
-        for layer in model.base_model.layers
+        for layer in decoder_layers(model, architecture_of(model.config.model_type))
     ]
     with eager(model):
         maps = model(torch.tensor([ids]), output_attentions=True, use_cache=False).attentions

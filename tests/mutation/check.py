@@ -51,6 +51,12 @@ pools:
     pinned: {tokens: special}
     scorer: {signal: page-bound, hit: {top: 50%}, memory: last-hit}
 """
+PINNED = """
+kvpolicy: 1
+name: pinned
+pools:
+  all: {admit: all, page: 2, budget: 6, pinned: {tokens: special}, scorer: {signal: attention}}
+"""
 CHUNKED = """
 kvpolicy: 1
 name: chunked
@@ -104,7 +110,8 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     for name, params in SHIPPED.items():
         yield name, load_policy(name, params).to_yaml(), SAID
-    yield "flagged", FLAGGED, {**SAID, **FLAGS}
+    for name, policy in (("shared out", FLAGGED), ("pinned", PINNED)):
+        yield name, policy, {**SAID, **FLAGS}
     yield "chunked", CHUNKED, SAID
     for path in sorted(FOUND.glob("*.yaml")):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -192,8 +192,8 @@ MUTANTS = (
     Mutant(
         "seen() is read before admission",
         R + "pool",
-        "clocks.streams[pool.stream].seen[:, None]",
-        "clocks.streams[pool.stream].seen[:, None] - 1",
+        "= state.seen(pool)\n",
+        "= state.seen(pool) - 1\n",
     ),
     # update
     Mutant(
@@ -206,7 +206,7 @@ MUTANTS = (
     Mutant(
         "the newest page is not protected",
         R + "pool",
-        "free[state.rows, state.heads, state.newest_unit(pool, clock.opened)] = False",
+        "free[state.rows, state.heads, state.newest_unit(pool)] = False",
         "pass",
     ),
     Mutant(
@@ -364,14 +364,14 @@ MUTANTS = (
     Mutant(
         "a page with a special token is dropped like any other",
         R + "pool",
-        '~state.tensors[f"{pool.name}.special"])',
-        'torch.ones_like(state.tensors[f"{pool.name}.special"]))',
+        "~clocks.is_special(state.pool_positions(pool).flatten(2)))",
+        "clocks.is_special(state.pool_positions(pool).flatten(2)).fill_(True))",
     ),
     Mutant(
-        "which tokens of a page are special is forgotten when a turn is packed",
-        R + "packing",
-        'BY_TOKEN = (".ordinal", ".special")',
-        'BY_TOKEN = (".ordinal",)',
+        "a special token is noted at its column",
+        R + "clocks",
+        "self.special[row, position[row, column]] = True",
+        "self.special[row, column] = True",
     ),
     Mutant(
         "memory is lost when a turn is packed",
