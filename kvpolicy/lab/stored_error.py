@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import KvpolicyError, UsageError
-from kvpolicy.language import Policy, load_policy, loads_policy
+from kvpolicy.language import Policy, load_policy
 from kvpolicy.models import load_model
 from kvpolicy.patching import applied, cache_for
 from kvpolicy.runtime import PolicyCache
@@ -87,7 +87,7 @@ def twin(policy: Policy) -> Policy:
             f"no pool of {policy.name} is stored in few bits; `store: {{bits: 8, …}}` says that it should be"
         )
     plain = {name: pool.model_copy(update={"store": None}) for name, pool in policy.pools.items()}
-    return loads_policy(policy.model_copy(update={"pools": plain, "name": f"{policy.name}-whole"}).to_yaml())
+    return policy.model_copy(update={"pools": plain})
 
 
 def bits_of(policy: Policy) -> int:
@@ -145,9 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m kvpolicy.lab.stored_error", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("model", nargs="?", default="builtin:tiny")
-    parser.add_argument("--policy", default="kivi", help="a policy with a param `bits`")
+    parser.add_argument("--policy", default="kivi", help="a policy that stores some pool in few bits")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a param of the policy")
-    parser.add_argument("--bits", default="8,4,2")
+    parser.add_argument("--bits", default="8,4,2", help="values for its param `bits`, if it has one")
     parser.add_argument("--text", type=Path, default=DEMO, help="a text file to read")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of the text to read")
     parser.add_argument("--json", action="store_true")
@@ -169,8 +169,9 @@ def _rows(asked: argparse.Namespace) -> Any:
     given = dict(pair.split("=", 1) for pair in asked.set)
     if not asked.json:
         print("bits  stored  worst/step  key error  value error  mean KL   top-1   bytes       share of unquantised")
-    for bits in asked.bits.split(","):
-        policy = load_policy(asked.policy, set={**given, "bits": int(bits)})
+    told = "bits" in load_policy(asked.policy).params  # else the policy has its own number of bits
+    for more in [{"bits": int(bits)} for bits in asked.bits.split(",")] if told else [{}]:
+        policy = load_policy(asked.policy, set={**given, **more})
         row = measure(model, asked.model, ids, ids.shape[1] // 2, policy)
         if not asked.json:
             print(
