@@ -49,9 +49,14 @@ def host_clocks(cache):
     )
 
 
+def policy_layers(cache):
+    """The layers that keep slots: those of a layer's groups of KV heads where these have slots of their own."""
+    return [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]
+
+
 def device_state(cache):
     tensors = {f"clock {n}": tensor for n, tensor in enumerate(cache.clocks.tensors())}
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(policy_layers(cache)):
         tensors |= {f"{index}.{name}": tensor for name, tensor in layer.state.tensors.items()}
     return tensors
 
@@ -83,7 +88,7 @@ def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
 
         monkeypatch.setattr(owner, method, call)
 
-    watched = {taped.clocks, *taped.layers}
+    watched = {taped.clocks, *policy_layers(taped)}
     counted(PolicyLayer, "forward", "layers")
     counted(Clocks, "advance", "clocks")
     tokens = torch.randint(2, 97, (STEPS, 2, 1), generator=torch.Generator().manual_seed(0))
@@ -100,7 +105,7 @@ def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
         assert torch.equal(tensor, device_state(eager)[key]), key
     assert recorder.replays == STEPS - len(kinds)
     # Each kind ran once plainly and once to be recorded: replays call none of the cache's Python.
-    assert calls == {"layers": 2 * len(kinds) * len(taped.layers), "clocks": 2 * len(kinds)}
+    assert calls == {"layers": 2 * len(kinds) * len(policy_layers(taped)), "clocks": 2 * len(kinds)}
     assert taped.stats()["evicted"] > 0 or not evicts(taped.plan)
 
 

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvpolicy.language import load_policy
-from kvpolicy.oracle import Oracle
-from kvpolicy.plan import ModelGeometry, make_plan
+from kvpolicy.testing.feeding import RuntimeBeside, plan_for, watch
 from tests.policies.recipes.kit import text
 from tests.policies.recipes.plain import Array, Layer, softmax
 
 SINKS, WINDOW = 4, 12
+FREQUENCIES = (1.0, 0.3, 0.1, 0.03)
 
 
 def rotated(vectors: Array, places: Array) -> Array:
-    """Rotary embedding: neighbouring halves of the channels turn by an angle that grows with the place."""
-    half = vectors.shape[-1] // 2
-    angle = np.asarray(places)[:, None] * 100.0 ** (-np.arange(half) / half)
+    """Rotary embedding: the halves of the channels turn against each other, by angles that grow with the place."""
+    half = len(FREQUENCIES)
+    angle = np.asarray(places)[:, None] * np.array(FREQUENCIES)
     left, right = vectors[..., :half], vectors[..., half:]
     turned = left * np.cos(angle) - right * np.sin(angle), right * np.cos(angle) + left * np.sin(angle)
     return np.concatenate(turned, axis=-1)
@@ -42,17 +42,13 @@ def streaming_llm(layer: Layer, head: int) -> Iterator[tuple[set[int], Array]]:
 
 
 def test_keys_are_rotated_to_their_place_in_the_cache() -> None:
+    """In the runtime, too: it is given keys that were rotated at their positions, and compared at every pass."""
     said = text()
     layer = Layer(0, 1, 40, *(rows[0][0].astype(float) for rows in (said.queries, said.keys, said.values)))
-    policy = load_policy("streaming-llm-compact", set={"sinks": SINKS, "window": WINDOW})
-    plan = make_plan(policy, ModelGeometry("test", 1, 4, 2, 8), prompt=40, max_new_tokens=200)
-    oracle = Oracle(plan, rotate=rotated)
+    plan = plan_for(load_policy("streaming-llm-compact", set={"sinks": SINKS, "window": WINDOW}), said)
     wanted = [list(streaming_llm(layer, head)) for head in layer.heads]
-    for t, span in enumerate([slice(0, 40), *(slice(at, at + 1) for at in layer.generated)]):
-        given = ([array[:, span]] for array in (layer.queries, layer.keys, layer.values))
-        (step,) = oracle.step(0, *given, kind="generated" if t else "prompt")
-        for head in layer.heads:
-            kept, read = wanted[head][t]
-            assert step.heads[head]["all"].kept == kept
-            assert step.output is not None
-            assert np.abs(step.output[-1, 2 * head : 2 * head + 2] - read).max() < 1e-9
+    for seen in watch(RuntimeBeside(plan, frequencies=FREQUENCIES), said):
+        kept, read = wanted[seen.head][seen.step.t]
+        assert seen.kept() == kept
+        assert seen.step.output is not None
+        assert np.abs(seen.step.output[-1, 2 * seen.head : 2 * seen.head + 2] - read).max() < 1e-5
