@@ -24,7 +24,8 @@ def lag(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     state, span = sight.state, sight.state.span(pool)
     everything = leaf.ranks_cache
     keys = sight.all_keys() if everything else sight.unit_keys(pool)
-    values = state.values.float() if everything else sight.unit_values(pool)
+    parts = sorted(state.plan.pools, key=lambda part: part.offset) if everything else [pool]
+    values = torch.cat([sight.unit_values(part) for part in parts], dim=2)
     position = (state.position if everything else state.position[:, :, span]).long()
     ranks = block_ranks(keys, values, position, int(leaf.args["lag"]), int(leaf.args["after"]))
     return state.page_max(pool, ranks[:, :, span] if everything else ranks)
