@@ -19,6 +19,10 @@ class Compact:
         self.rotation = rotation
         self.frequencies = torch.tensor(rotation.frequencies, dtype=torch.float32, device=device)
 
+    def at_ranks(self, query: Tensor, placed: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, as ``queries`` and ``keys`` give them."""
+        return self.queries(query, placed, position), self.keys(keys, position)
+
     def keys(self, keys: Tensor, position: Tensor) -> Tensor:
         """Keys [B, K, S, D] at their ranks."""
         if not self.rotation.frequencies:

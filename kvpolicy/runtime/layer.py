@@ -78,9 +78,17 @@ class Moment:
     def at(self, number: int) -> Moment:
         """The same for one of its chunks alone, which ends as a turn does."""
         chunk, begins = self.chunks[number], number == 0
-        whole, empty = self.whole and begins, self.empty and begins
-        own = {"position": chunk.position, "places": chunk.places, "traits": chunk.traits}
-        return replace(self, columns=chunk.valid.shape[1], more=False, whole=whole, empty=empty, chunks=(), **own)
+        return replace(
+            self,
+            columns=chunk.valid.shape[1],
+            position=chunk.position,
+            places=chunk.places,
+            traits=chunk.traits,
+            more=False,
+            whole=self.whole and begins,
+            empty=self.empty and begins,
+            chunks=(),
+        )
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -215,10 +223,13 @@ class PolicyLayer(CacheLayerMixin):
         if self.fused is not None:
             return self.fused(query, key, value, scaling, kind == UPDATE)
         self._admit(key, value)
-        query, keys = self._at_ranks(query, self.clocks.position[:, None], state)
+        turned: Tensor | None = None
+        if self.compact is not None:
+            newest = self.clocks.position[:, None]
+            query, turned = self.compact.at_ranks(query, newest, state.all_keys(), state.position)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         attend = self._attend_to_chosen if self.readers or self.plan.shared else self._attend_to_all
-        out, sight = attend(grouped, keys, scaling, kind)
+        out, sight = attend(grouped, turned, scaling, kind)
         self._learn_and_drop(sight, kind == UPDATE)
         if self.arrival is not None and self.arrival.store is not None:
             settle(state, self.arrival)
@@ -241,13 +252,6 @@ class PolicyLayer(CacheLayerMixin):
             visible = (state.position >= 0)[:, :, None]
             out = F.scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
         return out, sight
-
-    def _at_ranks(self, query: Tensor, placed: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
-        """Where positions are compact: queries [B, Q, N, D] of the positions ``placed`` [B, N], and the keys, at their
-        ranks among what is resident now. Else the queries as they are, and None."""
-        if self.compact is None:
-            return query, None
-        return self.compact.queries(query, placed, state.position), self.compact.keys(state.all_keys(), state.position)
 
     def _attend_to_chosen(
         self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
@@ -396,7 +400,7 @@ class PolicyLayer(CacheLayerMixin):
             self._remember_queries(query, moment.position)
         keys = wide.keys
         if self.compact is not None and not moment.empty:  # in an empty cache ranks are positions
-            query, keys = self._at_ranks(query, moment.position, wide)
+            query, keys = self.compact.at_ranks(query, moment.position, keys, wide.position)
         if self.sums_prompt:
             out, sums = self._attend_and_sum(query, keys, wide, scaling)
         elif moment.whole:

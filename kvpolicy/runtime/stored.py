@@ -22,9 +22,9 @@ SIDES = ("keys", "values")
 def dequantised(state: LayerState, pool: PoolPlan, side: str) -> Tensor:
     """What the codes of a stored pool stand for [B, K, U * page, D]."""
     assert pool.store is not None
-    parts = (state.tensors[f"{pool.name}.{side}.{part}"] for part in ("codes", "scale", "zero"))
+    codes, scale, zero = (state.tensors[f"{pool.name}.{side}.{part}"] for part in ("codes", "scale", "zero"))
     by = pool.store.keys if side == "keys" else pool.store.values
-    return dequantise(Quantised(*parts, pool.store.bits, pool.store.group, by), state.keys.dtype)
+    return dequantise(Quantised(codes, scale, zero, pool.store.bits, pool.store.group, by), state.keys.dtype)
 
 
 def opened_up(state: LayerState, pool: PoolPlan, side: str, *, settled: bool) -> Tensor:

@@ -123,12 +123,14 @@ class Heard:
 
     def part(self, chunk: Chunk) -> Heard:
         """The part that is a chunk of the prompt."""
-        flags = (self.special, self.modality)
         return Heard(
-            *(chunk.of(tensor) for tensor in (self.query, self.key, self.value)),
-            chunk.of(self.output.transpose(1, 2)).transpose(1, 2),
-            chunk.valid,
-            *(None if flag is None else flag.gather(1, chunk.columns) for flag in flags),
+            query=chunk.of(self.query),
+            key=chunk.of(self.key),
+            value=chunk.of(self.value),
+            output=chunk.of(self.output.transpose(1, 2)).transpose(1, 2),
+            valid=chunk.valid,
+            special=None if self.special is None else self.special.gather(1, chunk.columns),
+            modality=None if self.modality is None else self.modality.gather(1, chunk.columns),
         )
 
 

@@ -7,6 +7,7 @@ as every press saw them (seen.safetensors), and the positions that each press ke
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import kvpress
 import torch
@@ -40,11 +41,11 @@ def loaded(folder: Path, attention: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def watched(model: torch.nn.Module, prompt: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+def watched(model: Any, prompt: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
     """Reads the prompt without a press and gives every layer's rotated queries [Q, N, D]."""
     queries = []
 
-    def look(module, args, kwargs):
+    def look(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         states = get_prerope_query_states(module, kwargs["hidden_states"])
         cos, sin = (part.unsqueeze(1) for part in kwargs["position_embeddings"])
         queries.append((states * cos + rotate_half(states) * sin)[0])
@@ -80,7 +81,7 @@ def kept_by(models: dict, case: dict, prompt: torch.Tensor, keys: list[torch.Ten
     return kept
 
 
-def built(case: dict) -> object:
+def built(case: dict) -> Any:
     """The press of a case; one that wraps another gives it the ratio."""
     press = getattr(kvpress, case["press"])
     if case["of"] is None:
