@@ -118,7 +118,7 @@ def _budgets(alike: list[Group], index: int, plan: Plan) -> str | None:
 
 def _slots(group: Group, explained: Explained) -> Iterator[str]:
     layer = explained.plan.even(group.layer)
-    mean = ", the mean of KV heads that share some" if group.layer.shared else ""
+    mean = ", by head on average" if group.layer.shared else ""  # heads share some
     room = f"{layer.slots:,}, which keep at most {layer.bound:,} tokens after an update ({mib(layer.bytes)} a layer)"
     yield f"[bold]Slots[/] of {_layers(group.indices)}{mean}: {room}"
     for line in picture.slots(layer, group.lines):

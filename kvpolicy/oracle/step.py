@@ -12,7 +12,7 @@ from kvpolicy.oracle.pools import Pool, new_pools, share_out, tokens_of, update_
 from kvpolicy.oracle.records import Choice, Hit, PoolStep, Reading, Step
 from kvpolicy.oracle.scoring import Scoring, best
 from kvpolicy.oracle.signals import softmax
-from kvpolicy.oracle.text import Array, Memory, Rotate, Text, View
+from kvpolicy.oracle.text import Array, Memory, Page, Rotate, Text, View
 from kvpolicy.plan import Plan, PoolPlan
 
 Kept = Sequence[Mapping[str, frozenset[int]]]
@@ -50,6 +50,7 @@ class OracleLayer:
         self.special: list[bool] = []
         self.t = self.prompt_len = 0
         self.in_turn = False
+        self.taken_over: dict[tuple[int, str, int], dict[int, Memory]] = {}
         self.heard = 0  # tokens of this turn, or of this generated pass
 
     def step(
@@ -68,6 +69,7 @@ class OracleLayer:
         """One pass; ``Oracle.step`` says what everything is."""
         if scaling is not None:
             self.text.scaling = scaling
+        self.taken_over = {}
         for head, pools in enumerate(() if self.in_turn and not self.updates_chunks else self.heads):
             for pool in pools.values():  # what earlier passes left in few bits is read so from now on
                 for what, vectors in (("keys", self.text.keys), ("values", self.text.values)):
@@ -97,12 +99,20 @@ class OracleLayer:
 
     def adopt(self, kept: Kept | None, memory: Memories | None = None) -> Step:
         """Do the last update again, dropping what another dropped; see ``Oracle.adopt``."""
-        for (head, name, leaf), memories in (memory or {}).items():
-            for page in self.before[head][name].pages:
-                if page.position in memories:
-                    page.memory[leaf] = memories[page.position]
+        for place, memories in (memory or {}).items():
+            self.taken_over.setdefault(place, {}).update(memories)
+        for head, pools in enumerate(self.before):
+            for name, pool in pools.items():
+                self._take_over(head, name, pool.pages)
         self.heads = _copied(self.before)
         return self._update(kept)
+
+    def _take_over(self, head: int, name: str, pages: Sequence[Page]) -> None:
+        """Put what ``adopt`` was given in place of these units' own memories."""
+        for page in pages:
+            for (at, pool, leaf), memories in self.taken_over.items():
+                if (at, pool) == (head, name) and page.position in memories:
+                    page.memory[leaf] = memories[page.position]
 
     def memories(self) -> Memories:
         """What the units remember now."""
@@ -234,6 +244,7 @@ class OracleLayer:
     def _scores(self, head: int, name: str, safe: Array) -> Array:
         scoring = self._scoring(self.now.views[head], name, safe)
         scoring.observe(at_update=True)
+        self._take_over(head, name, self.heads[head][name].pages)
         scores = scoring.scores()
         self.now.hits += scoring.hits
         return scores

@@ -345,12 +345,12 @@ class PolicyCache(Cache):
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
 
         ``pools`` maps a name to tokens ``resident`` (most in any row and head), ``peak`` (most held between updates),
-        ``bound`` (the plan's), ``seen`` and ``evicted`` (totals).
+        ``bound`` (the plan's), and in all ``seen``, ``evicted`` for good, and ``moved`` on to another pool.
         """
         pools: dict[str, dict[str, int]] = {}
         for part in self.parts():
             for pool in part.plan.pools:
-                _count(part, pool, self.clocks, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
+                _count(part, pool, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
         resident = max(int((part.state.all_positions >= 0).sum(-1).max()) for part in self.parts())
         return {
             "pools": pools,
@@ -389,15 +389,15 @@ def _known(**flags: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-COUNTED = ("resident", "peak", "bound", "seen", "evicted")
+COUNTED = ("resident", "peak", "bound", "seen", "evicted", "moved")
 
 
-def _count(layer: PolicyLayer, pool: PoolPlan, clocks: Clocks, counts: dict[str, int]) -> None:
+def _count(layer: PolicyLayer, pool: PoolPlan, counts: dict[str, int]) -> None:
     state = layer.state
     resident = (state.pool_positions(pool) >= 0).flatten(2).sum(-1)
-    seen = clocks.streams[pool.stream].seen[:, None].expand_as(resident)
+    seen = state.seen(pool).expand_as(resident)
     counts["resident"] = max(counts["resident"], int(resident.max()))
     counts["peak"] = max(counts["peak"], int(layer.pool_peak(pool).max()))
     counts["bound"] = max(counts["bound"], pool.bound)
     counts["seen"] += int(seen.sum())
-    counts["evicted"] += int((seen - resident).sum())
+    counts["moved" if pool.to is not None else "evicted"] += int((seen - resident).sum())

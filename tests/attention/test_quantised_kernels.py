@@ -150,7 +150,7 @@ def test_equal_numbers_stay_what_they_are():
         (3, 8, "token", 8, "in 3 bits"),
         (4, 0, "token", 8, "in groups of 0"),
         (8, 8, "slot", 8, "by slot"),
-        (4, 8, "token", 7, "this one is 7"),
+        (4, 8, "token", 7, "which the head size 7 does not fill"),
     ],
 )
 def test_what_cannot_be_stored(bits, group, by, channels, why):

@@ -264,10 +264,10 @@ def test_the_policy_and_the_prompt_cannot_share_stdin():
 
 
 def test_what_the_runtime_cannot_do_is_refused_before_anything_runs(tmp_path, capsys):
-    file = tmp_path / "compact.yaml"
-    file.write_text("kvpolicy: 1\nname: compact\npositions: compact\npools: {all: {admit: all, budget: 64}}\n")
+    file = tmp_path / "shared.yaml"
+    file.write_text("kvpolicy: 1\nname: x\npools: {all: {admit: all, budget: 64, evict: {scope: across-heads}}}\n")
     code, out, err = apply(capsys, str(file), *TINY)
-    assert (code, out) == (2, "") and "cannot do yet: positions: compact" in err
+    assert (code, out) == (2, "") and "cannot do yet: pool all: evict scope across-heads while generating" in err
 
 
 def test_a_missing_extra_is_5(monkeypatch, capsys, tmp_path):

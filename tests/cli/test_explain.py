@@ -48,8 +48,9 @@ pools:
       sum: [{signal: attention, queries: {last: 4}, smooth: {max: 7}, norm: max}, {signal: key-norm, weight: -1}]
     evict: {to: cold}
   cold:
+    page: 4
     budget: 64
-    store: {bits: 4, group: 32}
+    store: {bits: 4, group: 4}
     read: {top: 16, scorer: {signal: page-bound}}
     evict: {scope: across-heads, floor: 20%}
 overrides: [{layers: 0..1, dense: true}, {heads: [[3, 0]], pools: {hot: {budget: 32}}}]
@@ -173,10 +174,10 @@ def test_what_never_fires_and_what_cannot_run_is_said(tmp_path, capsys):
     assert "NEVER EVICTS at these lengths: within these budgets all 30 tokens stay" in out
     _, out, _ = explain(capsys, "dense")
     assert "no pool has a budget" in out
-    file = tmp_path / "compact.yaml"
-    file.write_text("kvpolicy: 1\nname: c\npositions: compact\npools: {all: {admit: all, budget: 64}}\n")
+    file = tmp_path / "shared.yaml"
+    file.write_text("kvpolicy: 1\nname: x\npools: {all: {admit: all, budget: 64, evict: {scope: across-heads}}}\n")
     code, out, _ = explain(capsys, str(file))
-    assert code == 0 and "CANNOT RUN YET: positions: compact." in out
+    assert code == 0 and "CANNOT RUN YET: pool all: evict scope across-heads while generating." in " ".join(out.split())
 
 
 def test_a_model_that_cannot_be_patched_is_said(tmp_path, capsys):

@@ -188,7 +188,7 @@ def test_what_the_runtime_keeps_otherwise_is_a_failure(
 
 
 def test_what_the_runtime_cannot_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = dedent(POLICY).replace("budget: 4}", "budget: 4, read: {top: 2, scorer: {signal: recency}}}")
+    text = dedent(POLICY).replace("budget: 4}", "budget: 4, evict: {scope: across-heads}}")
     path = write(tmp_path, text)
     assert main(["test", path, "-k", "newest"]) == 0
     assert main(["test", path, "-k", "newest", "--runtime"]) == 2

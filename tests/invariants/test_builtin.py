@@ -84,7 +84,7 @@ def test_smollm2_keeps_what_the_oracle_keeps(name: str, smollm2: tuple[Any, Any]
     ids = prompt_ids(tokenizer, TEXT, 30)
     for _ in range(1 + steps):
         ids = live.feed(ids, layers=[0, 10, 20, 29]).argmax(-1)
-    assert live.agreement.compared == (1 + steps) * 4 * 3
+    assert live.agreement.compared >= (1 + steps) * 4 * 3  # chunks are compared too
     assert len(live.agreement.near_ties) <= live.agreement.compared // 50, live.agreement.summary()
     assert name not in EVICTING or live.cache.stats()["evicted"] > 0
 

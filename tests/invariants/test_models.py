@@ -8,7 +8,7 @@ import kvpolicy
 from kvpolicy.architecture import architectures
 from kvpolicy.testing.live import LiveAgreement
 from kvpolicy.testing.models import random_model
-from tests.invariants.policies import EVICTING, NAMES, evicts, roomy, smallest, spread, thorough, tight
+from tests.invariants.policies import EVICTING, NAMES, drops, roomy, smallest, spread, thorough, tight
 
 FAMILIES = sorted(architectures())
 STEPS = 40
@@ -62,7 +62,7 @@ def test_a_live_model_keeps_what_the_oracle_keeps_within_the_plan(name, family, 
             if cache.moment.kind != "plain" and all(pool.cadence == 1 for pool in layer.pools if pool.evicts):
                 assert int(held.max()) <= layer.bound
     assert cache.bytes == plan.bytes
-    assert live.agreement.compared == (1 + STEPS) * 3 * 3 * 2
+    assert live.agreement.compared >= (1 + STEPS) * 3 * 3 * 2  # chunks are compared too
     assert len(live.agreement.near_ties) <= live.agreement.compared // 100, live.agreement.summary()
     assert name not in EVICTING or cache.stats()["evicted"] > 0
 
@@ -97,7 +97,7 @@ def test_a_policy_that_never_fired_says_so(name):
     model = kvpolicy.apply(random_model(), roomy(name))
     ids = torch.arange(2, 12)[None]
     cache = kvpolicy.cache_for(model, prompt=10, max_new_tokens=STEPS)
-    assert cache.plan.never_fires or not evicts(cache.plan)
+    assert cache.plan.never_fires or not drops(cache.plan)
     run(model, cache, ids, torch.ones_like(ids), next_tokens(1))
     assert cache.stats()["evicted"] == 0
     small = kvpolicy.apply(random_model(seed=1), tight(name))
@@ -122,4 +122,4 @@ def test_a_prompt_shorter_than_every_window(name):
     live.feed(torch.tensor([[5, 6]]))
     for new in next_tokens(1, steps=steps):
         live.feed(new)
-    assert evicts(live.cache.plan) == (live.cache.stats()["evicted"] > 0)
+    assert drops(live.cache.plan) == (live.cache.stats()["evicted"] > 0)

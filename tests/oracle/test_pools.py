@@ -357,11 +357,11 @@ def test_stored_tokens_are_rounded_in_groups_of_channels() -> None:
 
 
 def test_a_stored_page_is_rounded_once_it_is_full_or_closed() -> None:
-    plan = plan_of("all: {admit: all, page: 3, store: {bits: 2, group: 3, keys: channel, values: channel}}", head_dim=1)
+    plan = plan_of("all: {admit: all, page: 3, store: {bits: 2, group: 3, keys: channel, values: channel}}", head_dim=4)
     oracle = Oracle(plan)
 
     def say(*values: float) -> np.ndarray:
-        column = np.array([[[value] for value in values]])
+        column = np.array([[[value] * 4 for value in values]])
         oracle.step(0, [0 * column], [0 * column], [column])
         return oracle.layers[0][0].text.values[0, :, 0]
 
@@ -375,14 +375,14 @@ def test_a_stored_page_is_rounded_once_it_is_full_or_closed() -> None:
 
 
 def test_a_page_that_moves_is_rounded_although_it_is_not_full() -> None:
-    run = plan_of("""
+    plan = plan_of("""
         recent: {admit: all, page: 3, budget: 3, evict: {to: old}}
         old: {page: 3, store: {bits: 2, group: 3, keys: channel, values: channel}}
-    """, head_dim=1)  # fmt: skip
-    oracle = Oracle(run)
+    """, head_dim=4)  # fmt: skip
+    oracle = Oracle(plan)
 
     def say(*values: float) -> np.ndarray:
-        column = np.array([[[value] for value in values]])
+        column = np.array([[[value] * 4 for value in values]])
         oracle.step(0, [0 * column], [0 * column], [column])
         return oracle.layers[0][0].text.values[0, :, 0]
 

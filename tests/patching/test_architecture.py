@@ -134,7 +134,8 @@ def test_a_decoder_that_is_built_otherwise_is_refused(build, policies):
 def test_a_policy_the_runtime_cannot_run_is_refused_by_name_before_any_change(build, policies):
     from kvpolicy.language import loads_policy
 
-    policy = loads_policy("kvpolicy: 1\nname: packed\npools: {all: {admit: all}}\npositions: compact\n")
+    pools = "{all: {admit: all, budget: 64, evict: {scope: across-heads}}}"
+    policy = loads_policy(f"kvpolicy: 1\nname: shared\npools: {pools}\n")
     model = build()
-    assert "positions: compact" in str(refusal(model, policy))
+    assert "across-heads while generating" in str(refusal(model, policy))
     assert "_kvpolicy" not in model.__dict__

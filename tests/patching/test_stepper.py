@@ -30,7 +30,7 @@ from kvpolicy.runtime.decode import DecodeLoop, decode_loop
 from kvpolicy.runtime.layer import PLAIN, UPDATE, PolicyLayer
 from kvpolicy.runtime.stepping import Stepper
 from kvpolicy.runtime.waiting import HostWaited, no_waiting
-from tests.invariants.policies import COVER, NAMES, UPDATING, evicts, spread, thorough, tight
+from tests.invariants.policies import COVER, NAMES, UPDATING, drops, spread, thorough, tight
 from tests.patching.tape import TapeRecorder
 
 STEPS = 100
@@ -106,7 +106,7 @@ def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
     assert recorder.replays == STEPS - len(kinds)
     # Each kind ran once plainly and once to be recorded: replays call none of the cache's Python.
     assert calls == {"layers": 2 * len(kinds) * len(policy_layers(taped)), "clocks": 2 * len(kinds)}
-    assert taped.stats()["evicted"] > 0 or not evicts(taped.plan)
+    assert taped.stats()["evicted"] > 0 or not drops(taped.plan)
 
 
 @pytest.mark.parametrize(("name", "settings"), spread(NAMES, CHOICES, COVER))
