@@ -107,8 +107,19 @@ def _plan_layer(policy: Policy, geometry: ModelGeometry, index: int, lengths: Le
         groups.append(LayerPlan(index, dense, pools, order, members=members, compact=compact))
     if len(groups) == 1:
         return replace(groups[0], members=())
+    _check_one_set(policy, groups)
     largest = max(groups, key=lambda group: group.slots)
     return replace(largest, dense=False, members=(), groups=tuple(groups), heads=tuple(pools for pools, _ in resolved))
+
+
+def _check_one_set(policy: Policy, groups: list[LayerPlan]) -> None:
+    """Refuse one set for all heads of a layer where these have different pools to choose it from."""
+    deciding = [pool for group in groups for pool in group.pools if pool.evicts and pool.scope == "layer"]
+    for pool in deciding:
+        if sum(other.name == pool.name for other in deciding) > 1:
+            reason = f"`{pool.name}` keeps one set for all heads, but an override gives some of them other answers"
+            hint = "leave `scope` out, or override whole layers"
+            raise _refusal(policy, ("pools", pool.name, "evict", "scope"), reason, hint)
 
 
 def _layer_pools(
