@@ -19,7 +19,8 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
-from kvpolicy.runtime.layer import PLAIN, PROMPT, UPDATE, Moment, PolicyLayer
+from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
 from kvpolicy.runtime.split import SplitLayer
 
 

@@ -1,7 +1,7 @@
 """A generated pass of one layer in two kernel launches, where the layer's policy allows it.
 
 ``Fusion.of`` reads a plan and says either what the kernels must know of it, or in one clause why the layer does not
-fit. A layer that does not fit still attends with the kernels; its policy then runs as torch code (``layer.py``).
+fit. A layer that does not fit still attends with the kernels; its policy then runs as torch code (``token_pass.py``).
 """
 
 from __future__ import annotations

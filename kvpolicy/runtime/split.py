@@ -15,7 +15,8 @@ from kvpolicy.attention import Rotation
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry
 from kvpolicy.runtime.clocks import Clocks
-from kvpolicy.runtime.layer import Moment, PolicyLayer
+from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.moment import Moment
 
 
 class SplitLayer(CacheLayerMixin):

@@ -31,13 +31,13 @@ MUTANTS = (
     ),
     Mutant(
         "a new page keeps the bounds of the old one's keys",
-        R + "layer",
+        R + "token_pass",
         "widened = torch.where(opens[:, None, None], key[:, :, 0], wider(old, key[:, :, 0]))",
         "widened = wider(old, key[:, :, 0])",
     ),
     Mutant(
         "a token's position is that of the one before it",
-        R + "layer",
+        R + "token_pass",
         "state.position[slot] = clocks.position[:, None]",
         "state.position[slot] = (clocks.position - 1).clamp(min=0)[:, None]",
     ),
@@ -56,13 +56,13 @@ MUTANTS = (
     # attend
     Mutant(
         "a generated token does not see the first one",
-        R + "layer",
+        R + "token_pass",
         "visible = (state.position >= 0)[:, :, None]",
         "visible = (state.position > 0)[:, :, None]",
     ),
     Mutant(
         "query heads are shared out to KV heads the wrong way round",
-        R + "layer",
+        R + "token_pass",
         '"b (k g) 1 d -> b k g d"',
         '"b (g k) 1 d -> b k g d"',
     ),
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         "a generated token does not see the first one where scores are read",
-        R + "layer",
+        R + "token_pass",
         "state.position < 0, scaling",
         "state.position <= 0, scaling",
     ),
@@ -345,7 +345,7 @@ MUTANTS = (
     ),
     Mutant(
         "a window's queries stay where they were rotated",
-        R + "layer",
+        R + "core",
         "                queries = self.compact.queries(queries, placed, position)\n",
         "                queries = queries\n",
     ),
@@ -381,7 +381,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows that were silent in a turn are updated at its end",
-        R + "layer",
+        R + "prompt_pass",
         "spoken = clocks.turn_tokens > 0",
         "spoken = clocks.turn_tokens >= 0",
     ),

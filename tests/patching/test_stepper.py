@@ -27,7 +27,8 @@ from kvpolicy.runtime import decode, stepping
 from kvpolicy.runtime.choosing import Choice
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.decode import DecodeLoop, decode_loop
-from kvpolicy.runtime.layer import PLAIN, UPDATE, PolicyLayer
+from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.moment import PLAIN, UPDATE
 from kvpolicy.runtime.stepping import Stepper
 from kvpolicy.runtime.waiting import HostWaited, no_waiting
 from tests.invariants.policies import COVER, NAMES, UPDATING, drops, spread, thorough, tight

@@ -1,0 +1,54 @@
+"""The pass that is open: what the host tells every layer of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from kvpolicy.plan import Plan
+from kvpolicy.runtime.chunks import Chunk
+from kvpolicy.runtime.clocks import Places
+
+PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
+
+
+@dataclass
+class Moment:
+    """The pass that is open: set by ``PolicyCache.begin``, read by every layer. ``kind`` is None between passes.
+
+    For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which of them
+    have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
+    empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
+    update follows each.
+    ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
+    """
+
+    kind: str | None = None
+    columns: int = 0
+    position: Tensor | None = None
+    places: Places = ()
+    traits: Mapping[str, Tensor] = field(default_factory=dict)
+    more: bool = False
+    whole: bool = False
+    first: bool = False
+    empty: bool = False
+    plan: Plan | None = None
+    kinds: tuple[str, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    def at(self, number: int) -> Moment:
+        """The same for one of its chunks alone, which ends as a turn does."""
+        chunk, begins = self.chunks[number], number == 0
+        return replace(
+            self,
+            columns=chunk.valid.shape[1],
+            position=chunk.position,
+            places=chunk.places,
+            traits=chunk.traits,
+            more=False,
+            whole=self.whole and begins,
+            empty=self.empty and begins,
+            chunks=(),
+        )
