@@ -1,6 +1,6 @@
 """One generated step, second kernel: the splits become one, and the policy observes and decides.
 
-Steps 4 and 5 of ``runtime/layer.py`` for one pool, with the numbers, the total order and the ties of
+Steps 4 and 5 of ``runtime/token_pass.py`` for one pool, with the numbers, the total order and the ties of
 ``runtime/pool.py`` and ``runtime/evict.py``: equal scores give equal victims, bit for bit. One program holds a whole
 row of units, so that nothing is added up in an order that could change from run to run.
 
