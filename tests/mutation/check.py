@@ -113,6 +113,8 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, policy in (("shared out", FLAGGED), ("pinned", PINNED)):
         yield name, policy, {**SAID, **FLAGS}
     yield "chunked", CHUNKED, SAID
+    # Prompts are scored in tiles of 32 queries a thread: this one needs several.
+    yield "in tiles", load_policy("h2o", SHIPPED["h2o"]).to_yaml(), {**SAID, "prompt": [70, 4]}
     for path in sorted(FOUND.glob("*.yaml")):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         for test in document.pop("tests"):
