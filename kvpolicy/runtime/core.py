@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.attention import (
     Rotation,
     newest_queries,
 )
 from kvpolicy.attention.backends import TORCH, TRITON
-from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.compact import Compact
@@ -24,18 +22,16 @@ from kvpolicy.runtime.moment import PLAIN, UPDATE, Moment
 from kvpolicy.runtime.moving import move
 from kvpolicy.runtime.packing import outlives_slots, pack
 from kvpolicy.runtime.pool import PoolPolicy
+from kvpolicy.runtime.protocol import FixedLayer
 from kvpolicy.runtime.reading import Reader
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.turn import Turn
 from kvpolicy.scorers.sight import LastQueries, Sight, sums_probabilities
 
 
-class LayerCore(CacheLayerMixin):
+class LayerCore(FixedLayer):
     """One layer's slots under a policy, and what both kinds of pass need; what each does is in files of its own."""
 
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
     shows_reading = False
     """Whether generated passes tell in ``chosen`` which units they read of each pool that selects [B, K, P], and in
     ``attended`` the positions that were resident then [B, K, S], and prompt passes in ``after_chunks`` those that were
@@ -111,23 +107,6 @@ class LayerCore(CacheLayerMixin):
     def peak(self) -> int:
         """The most tokens that a generated pass has met in any row and head: the sum of its pools' peaks."""
         return int(sum((self.pool_peak(pool) for pool in self.plan.pools), torch.zeros(())).max())
-
-    # What transformers asks of a cache layer ------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is lazy: the plan knew every size."""
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.clocks.columns
-
-    def get_max_length(self) -> int:
-        return -1
 
     def reset(self) -> None:
         self.state.clear()

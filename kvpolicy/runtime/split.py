@@ -9,22 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.attention import Rotation
-from kvpolicy.errors import CacheError
 from kvpolicy.plan import LayerPlan, ModelGeometry
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import Moment
+from kvpolicy.runtime.protocol import FixedLayer
 
 
-class SplitLayer(CacheLayerMixin):
+class SplitLayer(FixedLayer):
     """Groups of heads, each a layer of its own; ``forward`` is that of ``PolicyLayer``, over all heads."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
 
     def __init__(
         self,
@@ -79,23 +74,6 @@ class SplitLayer(CacheLayerMixin):
     def peak(self) -> int:
         """The most tokens that a generated pass has met in any row and head."""
         return max(part.peak() for part in self.parts)
-
-    # What transformers asks of a cache layer ------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is lazy: the plan knew every size."""
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.clocks.columns
-
-    def get_max_length(self) -> int:
-        return -1
 
     def reset(self) -> None:
         for part in self.parts:

@@ -1,0 +1,35 @@
+"""What transformers asks of a layer of a cache, answered for layers whose slots never grow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy.errors import CacheError
+from kvpolicy.runtime.clocks import Clocks
+
+
+class FixedLayer(CacheLayerMixin):
+    """A layer that the plan knew every size of; the attention function hands it keys and values, and not ``update``."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    clocks: Clocks
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is lazy: the plan knew every size."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.clocks.columns
+
+    def get_max_length(self) -> int:
+        return -1
