@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 MOST = 600
 """Attempts to make one counter-example simpler."""
 
+GONE = range(1, 33)
+"""At the end a choice gets smaller and so many after it go: where one pool is left of two, the choices of the other."""
+
 
 @dataclass
 class Choices:
@@ -60,5 +63,10 @@ def shrink(taken: Sequence[int], fails: Callable[[Choices], bool], most: int = M
                 value = best[index]
                 if not any(attempt([*best[:index], low, *best[index + 1 :]]) for low in {value // 2, value - 1}):
                     break
-        improved = best != before
+        improved = best != before or any(
+            attempt([*best[:index], best[index] - 1, *best[index + 1 + gone :]])
+            for index in range(len(best))
+            if best[index] > 0
+            for gone in GONE
+        )
     return best
