@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from kvpolicy.attention import Formula
 from kvpolicy.errors import CacheError, ModelError
 
 PREFIX = "kvp|"
@@ -43,16 +44,35 @@ def attend(
     attention_mask: Tensor | None,
     *args: Any,
     kv_layer: Any = None,
+    kv_temperature: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend through a policy's cache layer where the decoder layer was handed one, else exactly as before.
 
     Shapes: query [B, Q, N, D], key and value [B, K, N, D]; returns the output [B, N, Q, D] and no weights. Which of the
     N tokens are padding was told to the cache when the pass was opened.
+
+    Raises:
+        ModelError: the layer looks back over another number of tokens than its config said when the cache was planned.
     """
     if kv_layer is None:
         return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
-    return kv_layer.forward(query, key, value, kwargs["scaling"]), None
+    window = kwargs.get("sliding_window")
+    if window != kv_layer.window and not (kv_layer.window is None and not window):
+        _refuse_window(module, window, kv_layer.window)
+    if kv_temperature is not None:
+        scale = kv_temperature(module, kv_layer.query_position)
+        query = query if scale is None else (query * scale[:, None, :, None]).to(query.dtype)
+    formula = Formula(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+    return kv_layer.forward(query, key, value, formula), None
+
+
+def _refuse_window(module: nn.Module, window: Any, planned: int | None) -> None:
+    raise ModelError(
+        f"{type(module).__name__} attends through a window of {window or 'all'} tokens, and its cache was planned for "
+        f"{planned or 'all'}: the model's config does not tell what its layers do; kvpolicy.remove(model), and report "
+        "the model type"
+    )
 
 
 def newest_validity(attention_mask: Any, columns: int) -> Tensor | None:

@@ -105,13 +105,6 @@ def _check_layers(model: Any, architecture: Architecture) -> None:
             )
     if not model._supports_attention_backend:
         raise ModelError(f"{name} does not call its attention through transformers' attention interface")
-    left_out = sorted(set(range(len(layers))) - set(architecture.governs(config)))
-    if left_out:
-        which = "all layers" if len(left_out) == len(layers) else f"layers {', '.join(map(str, left_out))}"
-        raise ModelError(
-            f"{which} of this {config.model_type} model attend through a sliding window of "
-            f"{getattr(config, 'sliding_window', None)} tokens, which no policy can govern yet; {architecture.way_out}"
-        )
 
 
 def _passes_keywords(module: nn.Module) -> bool:

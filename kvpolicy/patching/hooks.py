@@ -6,6 +6,7 @@ All are instances of module-level classes and hold no closure, so a patched mode
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +109,11 @@ class LayerHook:
 
     The attention then skips `Cache.update`, and `kv_layer` reaches the attention function through the keywords that
     every module on the way passes on. Nothing reads `layer_idx`, so layers of equal shape can share one graph.
+    `temperature` is the architecture's.
     """
 
     index: int
+    temperature: Callable[[Any, Any], Any] | None = None
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,4 +126,7 @@ class LayerHook:
             raise CacheError(
                 "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
             )
-        return args, {**kwargs, "past_key_values": None, "kv_layer": cache.layers[self.index]}
+        handed = {"past_key_values": None, "kv_layer": cache.layers[self.index]}
+        if self.temperature is not None:
+            handed["kv_temperature"] = self.temperature
+        return args, {**kwargs, **handed}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvpolicy.architecture import Architecture
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, load_policy
@@ -102,7 +103,7 @@ def apply(
     decoder = decoder_of(model, architecture)
     policy = _resolve(policy, params)
     dtype = str(model.dtype).removeprefix("torch.")
-    geometry = ModelGeometry.from_config(model.base_model.config, dtype)
+    geometry = replace(ModelGeometry.from_config(model.base_model.config, dtype), sinks=architecture.sinks)
     asked = check_policy(policy, geometry).traits
     traits = TraitHook.of(model, architecture, policy, special_tokens) if asked else None
     if traits is not None and "special" in asked:
@@ -120,7 +121,7 @@ def apply(
     previous = (decoder.config._attn_implementation or "eager").removeprefix(PREFIX)
     patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room)
     try:
-        _change(model, patch, decoder, layers, traits)
+        _change(model, architecture, patch, layers, traits)
     except BaseException:
         patch.journal.undo()
         raise
@@ -197,9 +198,11 @@ def _config_of(module: Any) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any], traits: TraitHook | None) -> None:
+def _change(
+    model: PreTrainedModel, architecture: Architecture, patch: Patch, layers: list[Any], traits: TraitHook | None
+) -> None:
     """The changes, all of them, each through the journal. What a model sees with beside its text stays as it is."""
-    journal, policy = patch.journal, patch.policy
+    journal, policy, decoder = patch.journal, patch.policy, decoder_of(model, architecture)
     name = register(patch.previous)
     journal.set(model, ATTRIBUTE, patch)
     journal.own_configs(model)
@@ -212,7 +215,7 @@ def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any
     journal.before(decoder, ModelHook(name, len(layers)))
     journal.after(decoder, close_pass)
     for index, layer in enumerate(layers):
-        journal.before(layer, LayerHook(index))
+        journal.before(layer, LayerHook(index, architecture.temperature))
         if patch.compiler is not None:
             journal.set(layer, "forward", CompiledForward(layer, patch.compiler))
     if model.can_generate():

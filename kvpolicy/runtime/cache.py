@@ -6,7 +6,7 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.local_layer import LocalLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
 from kvpolicy.runtime.split import SplitLayer
 
 
 class PolicyCache(Cache):
     """Fixed slots for every layer, filled and emptied as the plan's policy says.
+
+    ``layers`` are the model's, in its order; ``governed`` those that the policy governs, in its own.
 
     Args:
         plan: what ``make_plan`` made of a policy, a model's geometry and the lengths to come.
@@ -63,15 +66,16 @@ class PolicyCache(Cache):
         self.plan = plan
         self.device = torch.device(device)
         self.clocks = Clocks(plan, self.device)
-        self.moment = Moment()
+        self.moment = Moment(rotation=self.rotation)
         self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
-        layers = [
+        self.governed: list[Any] = [
             (SplitLayer if layer.groups else PolicyLayer)(
                 layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation
             )
             for layer in plan.layers
         ]
-        super().__init__(layers=layers)
+        self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in plan.local]
+        super().__init__(layers=_in_order(plan, self.governed, self.local))
         self._note_cadences()
         self._forget()
 
@@ -219,6 +223,7 @@ class PolicyCache(Cache):
         if self.plan.prompt_chunk is None:
             moment.position, moment.places = self.clocks.prompt(valid, traits)
         else:
+            moment.position, moment.places = torch.where(valid, self.coming(columns, valid), -1), ()
             moment.chunks = cut(self.clocks, valid, traits, self.plan.prompt_chunk)
         if not more:
             self.clocks.close_turn()
@@ -303,11 +308,12 @@ class PolicyCache(Cache):
 
     def parts(self) -> Iterator[PolicyLayer]:
         """Every group of heads with equal pools, of every layer: most layers are one."""
-        for layer in self.layers:
+        for layer in self.governed:
             yield from layer.parts
 
     def _tensors(self) -> list[Tensor]:
-        return self.clocks.tensors() + [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+        slots = [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+        return self.clocks.tensors() + slots + [tensor for layer in self.local for tensor in layer.tensors.values()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order (a row may come twice), in place, as beam search asks."""
@@ -340,7 +346,7 @@ class PolicyCache(Cache):
 
         Slots that KV heads share come last; there -1 also stands where a token is another head's.
         """
-        return self.layers[layer_idx].positions()
+        return self.governed[layer_idx].positions()
 
     def stats(self) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
@@ -357,7 +363,7 @@ class PolicyCache(Cache):
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
             "resident": resident,
-            "resident_peak": max(layer.peak() for layer in self.layers),
+            "resident_peak": max(layer.peak() for layer in self.governed),
             "bound": self.plan.resident_bound,
             "bytes": self.bytes,
             "passes": dict(self.passes),
@@ -380,10 +386,17 @@ class PolicyCache(Cache):
             turns=self.plan.turns + 1,
         )
         self.clocks.extend(plan)
-        for number, layer in enumerate(plan.layers):
-            self.layers[number].replan(layer)
+        for layer, sizes in zip((*self.governed, *self.local), (*plan.layers, *plan.local), strict=True):
+            layer.replan(sizes)
         self.plan = plan
         self._note_cadences()
+
+
+def _in_order(plan: Plan, governed: Sequence[Any], local: Sequence[Any]) -> list[Any]:
+    """The layers as the model numbers them."""
+    numbers = (*plan.geometry.governed, *(layer.layer.index for layer in plan.local))
+    by_number = dict(zip(numbers, (*governed, *local), strict=True))
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _known(**flags: Tensor | None) -> dict[str, Tensor]:

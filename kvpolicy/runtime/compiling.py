@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from kvpolicy.errors import ModelError
-from kvpolicy.plan import LayerPlan
+from kvpolicy.plan import LayerPlan, LocalPlan
 from kvpolicy.runtime.artefacts import artefacts_kept
 from kvpolicy.runtime.unchanged import Unchanged
 
@@ -50,8 +50,8 @@ class StepCompiler:
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self._steps: dict[Hashable, CompiledStep] = {}
-        self._shapes: dict[LayerPlan, int] = {}
-        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan, int]] = weakref.WeakKeyDictionary()
+        self._shapes: dict[LayerPlan | LocalPlan, int] = {}
+        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan | LocalPlan, int]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepCompiler, (self.backend,)
@@ -66,7 +66,7 @@ class StepCompiler:
     settled = True
     """Whether nothing that is now eager will be compiled later."""
 
-    def ready(self, layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor) -> bool:
+    def ready(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether this pass may be compiled: at once."""
         return True
 
@@ -212,7 +212,7 @@ class CompiledForward:
         if kv_layer is None or kv_layer.moment.kind == "prompt":
             return type(self.layer).forward(self.layer, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        if not self.compiler.ready(self.layer, kv_layer, hidden_states, kwargs["position_embeddings"][0]):
+        if not self.compiler.ready(self.layer, hidden_states, kwargs):
             return type(self.layer).forward(self.layer, *args, **kwargs)
         rows = hidden_states.shape[0]
         step = self.compiler.step(self.layer, kv_layer, hidden_states)
@@ -233,13 +233,12 @@ def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
     `position_ids` are dropped: a decoder layer reads the rotation only, and a caller may leave them out.
     """
-    cos, sin = kwargs["position_embeddings"]
-    return {
-        "attention_mask": None,
-        "position_embeddings": (_canonical(cos, rows), _canonical(sin, rows)),
-        "past_key_values": None,
-        "kv_layer": kwargs["kv_layer"],
-    }
+    turned = kwargs["position_embeddings"]  # cos and sin; of Llama 4 one complex tensor
+    angles = (
+        _canonical(turned, rows) if isinstance(turned, Tensor) else tuple(_canonical(each, rows) for each in turned)
+    )
+    ours = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
+    return {"attention_mask": None, "position_embeddings": angles, "past_key_values": None, **ours}
 
 
 def _canonical(tensor: Tensor, rows: int) -> Tensor:

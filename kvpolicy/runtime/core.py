@@ -145,7 +145,7 @@ class LayerCore(FixedLayer):
             if self.compact is not None:
                 queries = self.compact.queries(queries, placed, position)
             own = {"read": seen.read, "turned": seen.turned}
-            sights[str(last)] = LastQueries(state, seen.scaling, seen.candidates, queries, placed, position, **own)
+            sights[str(last)] = LastQueries(state, seen.formula, seen.candidates, queries, placed, position, **own)
         return sights
 
 

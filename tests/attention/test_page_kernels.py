@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvpolicy.attention import paged
+from kvpolicy.attention import Formula, paged
 from kvpolicy.attention.kernels import library
 from kvpolicy.attention.parts import attend_part, merge_parts
 
@@ -77,7 +77,7 @@ def test_every_page_is_all_slots(device):
     query, keys, values, position, index, page, scaling = case.tensors(device)
     for attend in (library.attend_pages, paged.attend_pages):
         out, log_sum = attend(query, keys, values, position, index, page, scaling)
-        wanted, wanted_sum = attend_part(query, keys, values, position < 0, scaling)
+        wanted, wanted_sum = attend_part(query, keys, values, position < 0, Formula(scaling))
         close(out, wanted, torch.float32)
         close(log_sum, wanted_sum, torch.float32)
 
@@ -117,7 +117,9 @@ def test_parts_put_together(case, device):
         for some in (index[..., :half], index[..., half:])
     ]
     out, log_sum = merge_parts(*zip(*halves, strict=True))
-    wanted, wanted_sum = paged.attend_pages(query.float(), keys.float(), values.float(), position, index, page, scaling)
+    wanted, wanted_sum = paged.attend_pages(
+        query.float(), keys.float(), values.float(), position, index, page, Formula(scaling)
+    )
     assert out.dtype == query.dtype
     close(out, wanted, case.dtype)
     torch.testing.assert_close(log_sum, wanted_sum, rtol=1e-5, atol=1e-5)
