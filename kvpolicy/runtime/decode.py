@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
+from transformers.generation import utils as generation
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation import utils as generation
 from transformers.modeling_outputs import CausalLMOutput
 
 from kvpolicy.errors import UsageError
