@@ -97,12 +97,13 @@ class BackgroundCompiler(StepCompiler):
         """Whether this pass may run a compiled step: what it needs lies on disk, or was compiled here before."""
         shape, inference = self._shape(arguments["kv_layer"]), torch.is_inference_mode_enabled()
         key = (shape, hidden.shape, hidden.dtype, hidden.device, layer.training, inference)
-        if self._process is not None:
-            self._look()
-        if key not in self._done and self._process is None:
-            self._send(key, _job(layer, hidden, arguments, str(self.backend)))
-        self.settled = key in self._done
-        return self._done.get(key, False)
+        with self._making:
+            if self._process is not None:
+                self._look()
+            if key not in self._done and self._process is None:
+                self._send(key, _job(layer, hidden, arguments, str(self.backend)))
+            self.settled = key in self._done
+            return self._done.get(key, False)
 
     def close(self) -> None:
         """Stop what is under way."""
@@ -170,7 +171,9 @@ def _job(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], compiler: 
         compiler=compiler,
         kinds=kv_layer.moment.kinds,
         hidden=(hidden.shape, hidden.dtype),
-        rotation=tuple((torch.Size((hidden.shape[0], *each.shape[1:])), each.dtype) for each in angles),
+        rotation=tuple(
+            (torch.Size((*each.shape[:-3], hidden.shape[0], *each.shape[-2:])), each.dtype) for each in angles
+        ),
         temperature=arguments.get("kv_temperature"),
         training=layer.training,
         inference=torch.is_inference_mode_enabled(),
