@@ -76,6 +76,12 @@ def architectures() -> dict[str, Architecture]:
     return found
 
 
+@cache
+def families() -> dict[str, Architecture]:
+    """The architectures that ship, by the name of their file in `patches/`."""
+    return {owner.split(".")[-2]: architecture for owner, architecture in _shipped()}
+
+
 def architecture_of(model_type: str) -> Architecture:
     """The architecture of a `config.model_type`.
 

@@ -91,8 +91,8 @@ class BackgroundCompiler(StepCompiler):
 
     def ready(self, layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor) -> bool:
         """Whether this pass may run a compiled step: what it needs lies on disk, or was compiled here before."""
-        shape, inference = self._shape(kv_layer), torch.is_inference_mode_enabled()
-        key = (shape, hidden.shape, hidden.dtype, hidden.device, layer.training, inference)
+        state = (layer.training, torch.is_inference_mode_enabled())
+        key = (self._form(layer), self._shape(kv_layer), hidden.shape, hidden.dtype, hidden.device, *state)
         if self._process is not None:
             self._look()
         if key not in self._done and self._process is None:
