@@ -15,6 +15,7 @@ from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import CacheError, PolicyError, UsageError
 from kvpolicy.patching.checks import decoder_of
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
+from kvpolicy.patching.rereading import check_growth
 from kvpolicy.patching.rotary import rotation_of
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
@@ -77,6 +78,9 @@ class CacheBuilder:
         _refuse(generation_config, generation_mode)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
+        seen = 0 if cache is None else cache.get_seq_length()
+        before = 0 if cache is None else cache.clocks.host_t
+        check_growth(self.model, seen, turn.columns, seen + turn.columns + turn.max_new_tokens - before)
         if cache is None:
             model_kwargs["past_key_values"] = self._lend(turn, rows)
         else:

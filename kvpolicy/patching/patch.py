@@ -20,6 +20,7 @@ from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
 from kvpolicy.patching.lengths import Room
+from kvpolicy.patching.rereading import CacheKeeper, prepares_by_itself
 from kvpolicy.patching.rotary import check_rotation
 from kvpolicy.patching.traits import TraitHook
 from kvpolicy.plan import ModelGeometry
@@ -217,3 +218,5 @@ def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any
             journal.set(layer, "forward", CompiledForward(layer, patch.compiler))
     if model.can_generate():
         journal.set(model, "_prepare_cache_for_generation", CacheBuilder(model, patch))
+        if prepares_by_itself(model):
+            journal.set(model, "prepare_inputs_for_generation", CacheKeeper(model))

@@ -1,4 +1,4 @@
-"""Every family in patches/: with room for all tokens its logits are its own; below that it keeps what the oracle does."""
+"""Every family: with room for all tokens its logits are its own, with less it keeps what the oracle keeps."""
 
 import pytest
 import torch
