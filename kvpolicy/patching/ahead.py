@@ -93,12 +93,13 @@ class BackgroundCompiler(StepCompiler):
         """Whether this pass may run a compiled step: what it needs lies on disk, or was compiled here before."""
         state = (layer.training, torch.is_inference_mode_enabled())
         key = (self._form(layer), self._shape(kv_layer), hidden.shape, hidden.dtype, hidden.device, *state)
-        if self._process is not None:
-            self._look()
-        if key not in self._done and self._process is None:
-            self._send(key, _job(layer, kv_layer, hidden, rotation, str(self.backend)))
-        self.settled = key in self._done
-        return self._done.get(key, False)
+        with self._making:
+            if self._process is not None:
+                self._look()
+            if key not in self._done and self._process is None:
+                self._send(key, _job(layer, kv_layer, hidden, rotation, str(self.backend)))
+            self.settled = key in self._done
+            return self._done.get(key, False)
 
     def close(self) -> None:
         """Stop what is under way."""
@@ -164,7 +165,7 @@ def _job(layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor, comp
         compiler=compiler,
         kinds=kv_layer.moment.kinds,
         hidden=(hidden.shape, hidden.dtype),
-        rotation=(torch.Size((hidden.shape[0], *rotation.shape[1:])), rotation.dtype),
+        rotation=(torch.Size((*rotation.shape[:-3], hidden.shape[0], *rotation.shape[-2:])), rotation.dtype),
         training=layer.training,
         inference=torch.is_inference_mode_enabled(),
         threads=torch.get_num_threads(),

@@ -119,7 +119,7 @@ class LayerHook:
         if not isinstance(cache, PolicyCache):
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad:
+        if hidden.requires_grad and torch.is_grad_enabled():  # the caller's own embeddings may be a parameter
             raise CacheError(
                 "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
             )

@@ -27,6 +27,7 @@ from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
 from kvpolicy.runtime.shelf import Shelf
+from kvpolicy.versions import warn_untested
 
 ATTRIBUTE = "_kvpolicy"
 FORMAT = 1  # of config.kv_policy
@@ -120,6 +121,7 @@ def apply(
     compiler = _compiler(wanted)
     previous = (decoder.config._attn_implementation or "eager").removeprefix(PREFIX)
     patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room)
+    warn_untested()
     try:
         _change(model, patch, decoder, layers, traits)
     except BaseException:

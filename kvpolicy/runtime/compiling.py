@@ -7,6 +7,8 @@ once: a second graph raises, where torch would fall back to eager in silence aft
 from __future__ import annotations
 
 import inspect
+import itertools
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -54,6 +56,8 @@ class StepCompiler:
         self.backend = backend
         self._steps: dict[Hashable, CompiledStep] = {}
         self._shapes: dict[LayerPlan, int] = {}
+        self._numbers = itertools.count()  # its `next` is one operation: two threads never get the same number
+        self._making = threading.Lock()
         self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan, int]] = weakref.WeakKeyDictionary()
         self._forms: dict[Hashable, int] = {}
         self._form_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -98,23 +102,24 @@ class StepCompiler:
             torch.get_num_threads(),
         )
         if key not in self._steps:
-            self._steps[key] = CompiledStep(
-                f"{type(layer).__name__}_{kv_layer.moment.kind}_{len(self._steps)}", self.backend
-            )
+            with self._making:
+                if key not in self._steps:
+                    name = f"{type(layer).__name__}_{kv_layer.moment.kind}_{len(self._steps)}"
+                    self._steps[key] = CompiledStep(name, self.backend)
         return self._steps[key]
 
     def _form(self, layer: nn.Module) -> int:
         """Layers of one form run alike. It is looked at once: what a layer says later is a change, not a form."""
         known = self._form_of.get(layer)
         if known is None:
-            self._form_of[layer] = known = self._forms.setdefault(form_of(layer), len(self._forms))
+            self._form_of[layer] = known = self._forms.setdefault(form_of(layer), next(self._numbers))
         return known
 
     def _shape(self, kv_layer: Any) -> int:
         """Layers of one shape run alike. Comparing plans is slow: once per cache."""
         known = self._shape_of.get(kv_layer)
         if known is None or known[0] is not kv_layer.plan:
-            shape = self._shapes.setdefault(kv_layer.plan.shape, len(self._shapes))
+            shape = self._shapes.setdefault(kv_layer.plan.shape, next(self._numbers))
             self._shape_of[kv_layer] = known = (kv_layer.plan, shape)
         return known[1]
 
@@ -150,16 +155,25 @@ class CompiledStep:
         function = types.FunctionType(code, decoder_step.__globals__, name)
         self.direct: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] | None = None
         self._code = code
-        self._compiled = torch.compile(function, backend=self._compile, fullgraph=True, dynamic=False, **_LIMIT)
+        self._first, self._ran = threading.Lock(), False
+        entry = _Entry(weakref.ref(self))
+        self._compiled = torch.compile(function, backend=entry, fullgraph=True, dynamic=False, **_LIMIT)
+        weakref.finalize(self, entry.leave).atexit = False
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self.graphs:
-            return self._run(layer, hidden_states, arguments)
+        if not self._ran:
+            with self._first:  # a thread that comes while another compiles takes what that has made
+                if not self._ran:
+                    return self._run_first(layer, hidden_states, arguments)
+        return self._run(layer, hidden_states, arguments)
+
+    def _run_first(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
         before = sum(counters["graph_break"].values())
         try:
             with _without_capture(layer):
                 result = self._run(layer, hidden_states, arguments)
             self.direct = _without_guards(self._code)
+            self._ran = True
             return result
         finally:
             self.breaks += sum(counters["graph_break"].values()) - before
@@ -175,12 +189,32 @@ class CompiledStep:
                 "TORCH_LOGS=recompiles to see what, or apply the policy with compile=False"
             ) from error
 
-    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+    def compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
         self.graphs += 1
         if self.graphs > 1:
             raise RuntimeError(f"{self.name} compiled twice")
         with artefacts_kept():
             return self._backend(graph, inputs, **options)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What torch knows a step's backend by. torch keeps every backend that it was ever given, until it is reset: this
+    one does not hold the step, and goes when that goes."""
+
+    step: weakref.ref[CompiledStep]
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+        step = self.step()
+        assert step is not None
+        return step.compile(graph, inputs, **options)
+
+    def leave(self) -> None:
+        """Out of torch's list."""
+        known: dict[int, Any] = getattr(torch._dynamo.eval_frame, "cached_backends", {})
+        for key, backend in list(known.items()):
+            if getattr(backend, "compiler_fn", backend) is self:
+                known.pop(key, None)
 
 
 def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:
@@ -230,11 +264,10 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
         self.layer, self.compiler = layer, compiler
-        self._snapshot: Unchanged | None = None
-        self._held: set[CompiledStep] = set()  # steps whose guards have held since the snapshot
+        self._known: tuple[Unchanged, set[CompiledStep]] | None = None  # the steps whose guards have held since then
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "compiler": self.compiler, "_snapshot": None, "_held": set()}
+        return {"layer": self.layer, "compiler": self.compiler, "_known": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
@@ -246,14 +279,15 @@ class CompiledForward:
         rows = hidden_states.shape[0]
         step = self.compiler.step(self.layer, kv_layer, hidden_states)
         hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
-        if self._snapshot is None or not self._snapshot.still():
-            self._snapshot = None
-            self._held.clear()
-        if step in self._held and step.direct is not None:
+        known = self._known  # another thread may put a new one in its place meanwhile
+        if known is not None and not known[0].still():
+            known = None
+        if known is not None and step in known[1] and step.direct is not None:
             return step.direct(self.layer, hidden_states, arguments)
         result = step(self.layer, hidden_states, arguments)
-        self._held.add(step)
-        self._snapshot = self._snapshot or Unchanged(self.layer)
+        if known is None:
+            self._known = known = (Unchanged(self.layer), set())
+        known[1].add(step)
         return result
 
 
@@ -272,13 +306,13 @@ def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _canonical(tensor: Tensor, rows: int) -> Tensor:
-    """The same numbers, one row per sequence, with the strides of a fresh tensor.
+    """The same numbers [..., rows, N, D], one row per sequence, with the strides of a fresh tensor.
 
     A graph is guarded by strides, also those of a dimension of size 1: a view such as `ids[:, -1:]` would cost a second
     graph, and so would positions that are given once for all rows.
     """
-    if tensor.shape[0] != rows:
-        tensor = tensor.expand(rows, *tensor.shape[1:])
+    if tensor.shape[-3] != rows:
+        tensor = tensor.expand(*tensor.shape[:-3], rows, *tensor.shape[-2:])
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if stride != expected:
