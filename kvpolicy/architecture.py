@@ -78,8 +78,11 @@ def architectures() -> dict[str, Architecture]:
 
 @cache
 def families() -> dict[str, Architecture]:
-    """The architectures that ship, by the name of their file in `patches/`."""
-    return {owner.split(".")[-2]: architecture for owner, architecture in _shipped()}
+    """The architectures by family: those that ship by the name of their file in `patches/`, others by their type."""
+    shipped = {owner.split(".")[-2]: architecture for owner, architecture in _shipped()}
+    types = {each for architecture in shipped.values() for each in architecture.model_types}
+    others = {name: architecture for name, architecture in architectures().items() if name not in types}
+    return {**shipped, **others}
 
 
 def architecture_of(model_type: str) -> Architecture:

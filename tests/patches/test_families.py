@@ -14,7 +14,7 @@ PINNED = next(line[14:] for line in (ROOT / "constraints.txt").read_text().split
 
 
 def test_every_file_is_a_family_and_every_family_is_tested():
-    assert set(families()) == {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__"}
+    assert set(families()) >= {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__"}
     assert sorted(MODEL_TYPES) == sorted(each for family in families().values() for each in family.model_types)
 
 
