@@ -95,8 +95,9 @@ def architecture_of(model_type: str) -> Architecture:
     if model_type in known:
         return known[model_type]
     raise ModelError(
-        f"kvpolicy cannot patch models of type '{model_type}'; it knows {', '.join(sorted(known))}. A new family is "
-        f"one file in patches/, or an entry point of group {GROUP}"
+        f"kvpolicy does not know models of type '{model_type}'; it knows {', '.join(sorted(known))}. To try this one "
+        "all the same, untested: --generic, or kvpolicy.apply(…, generic=True). A new family is one file in patches/, "
+        f"or an entry point of group {GROUP}"
     )
 
 

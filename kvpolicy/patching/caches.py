@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import CacheError, PolicyError, UsageError
 from kvpolicy.patching.checks import decoder_of
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
@@ -42,8 +41,8 @@ def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
     settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
     if patch.policy.positions == "compact":
-        architecture = architecture_of(model.config.model_type)
-        settings["rotation"] = rotation_of(model, decoder_of(model, architecture), architecture)
+        decoder = decoder_of(model, patch.architecture)
+        settings["rotation"] = rotation_of(model, decoder, patch.architecture)
     return settings
 
 
