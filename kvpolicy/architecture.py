@@ -65,6 +65,15 @@ def architectures() -> dict[str, Architecture]:
     return found
 
 
+@cache
+def families() -> dict[str, Architecture]:
+    """The architectures by family: those that ship by the name of their file in `patches/`, others by their type."""
+    shipped = {owner.split(".")[-2]: architecture for owner, architecture in _shipped()}
+    types = {each for architecture in shipped.values() for each in architecture.model_types}
+    others = {name: architecture for name, architecture in architectures().items() if name not in types}
+    return {**shipped, **others}
+
+
 def architecture_of(model_type: str) -> Architecture:
     """The architecture of a `config.model_type`.
 
@@ -75,8 +84,9 @@ def architecture_of(model_type: str) -> Architecture:
     if model_type in known:
         return known[model_type]
     raise ModelError(
-        f"kvpolicy cannot patch models of type '{model_type}'; it knows {', '.join(sorted(known))}. A new family is "
-        f"one file in patches/, or an entry point of group {GROUP}"
+        f"kvpolicy does not know models of type '{model_type}'; it knows {', '.join(sorted(known))}. To try this one "
+        "all the same, untested: --generic, or kvpolicy.apply(…, generic=True). A new family is one file in patches/, "
+        f"or an entry point of group {GROUP}"
     )
 
 

@@ -95,8 +95,8 @@ class BackgroundCompiler(StepCompiler):
 
     def ready(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether this pass may run a compiled step: what it needs lies on disk, or was compiled here before."""
-        shape, inference = self._shape(arguments["kv_layer"]), torch.is_inference_mode_enabled()
-        key = (shape, hidden.shape, hidden.dtype, hidden.device, layer.training, inference)
+        state = (layer.training, torch.is_inference_mode_enabled())
+        key = (self._form(layer), self._shape(arguments["kv_layer"]), hidden.shape, hidden.dtype, hidden.device, *state)
         with self._making:
             if self._process is not None:
                 self._look()

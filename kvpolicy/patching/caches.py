@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import CacheError, PolicyError, UsageError
 from kvpolicy.patching.checks import decoder_of
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
+from kvpolicy.patching.rereading import check_growth
 from kvpolicy.patching.rotary import rotation_of
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
@@ -41,8 +41,8 @@ def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
     settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
     if patch.policy.positions == "compact":
-        architecture = architecture_of(model.config.model_type)
-        settings["rotation"] = rotation_of(model, decoder_of(model, architecture), architecture)
+        decoder = decoder_of(model, patch.architecture)
+        settings["rotation"] = rotation_of(model, decoder, patch.architecture)
     return settings
 
 
@@ -77,6 +77,9 @@ class CacheBuilder:
         _refuse(generation_config, generation_mode)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
+        seen = 0 if cache is None else cache.get_seq_length()
+        before = 0 if cache is None else cache.clocks.host_t
+        check_growth(self.model, seen, turn.columns, seen + turn.columns + turn.max_new_tokens - before)
         if cache is None:
             model_kwargs["past_key_values"] = self._lend(turn, rows)
         else:

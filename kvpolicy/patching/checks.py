@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpolicy.architecture import Architecture, architecture_of
+from kvpolicy.architecture import Architecture, architecture_of, architectures
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.language import Policy
 from kvpolicy.patching.hooks import LayerHook, ModelHook
 from kvpolicy.plan import ModelGeometry, Plan, check_supported, make_plan
 
 
-def check_model(model: Any) -> Architecture:
+def check_model(model: Any, find: Callable[[Any], Architecture] | None = None) -> Architecture:
     """Whether this object can be patched at all; returns the architecture it is of.
+
+    find: finds the architecture of a model whose type nobody has stated; without it, such a model is refused.
 
     Raises:
         UsageError: it is not a plain transformers model, or carries a policy already.
@@ -27,7 +30,8 @@ def check_model(model: Any) -> Architecture:
         raise UsageError(f"kvpolicy.apply takes a transformers model, not a {type(model).__name__}{wrapped}")
     if any(_is_patched(module) for module in model.modules()):
         raise UsageError("this model carries a policy already; call kvpolicy.remove(model) first")
-    architecture = architecture_of(model.config.model_type)
+    unknown = model.config.model_type not in architectures()
+    architecture = find(model) if unknown and find is not None else architecture_of(model.config.model_type)
     _check_devices(model)
     _check_layers(model, architecture)
     return architecture

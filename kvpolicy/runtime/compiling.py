@@ -28,6 +28,9 @@ from kvpolicy.runtime.unchanged import Unchanged
 
 CAPTURE = "transformers.utils.output_capturing"
 
+SETTING = bool | int | float | str | None
+"""Of these types are the attributes of a module that its code may branch on."""
+
 # torch 2.13 and later: without it the limit is held by our backend alone.
 _LIMIT: dict[str, Any] = (
     {"recompile_limit": 1} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
@@ -56,6 +59,8 @@ class StepCompiler:
         self._numbers = itertools.count()  # its `next` is one operation: two threads never get the same number
         self._making = threading.Lock()
         self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan | LocalPlan, int]] = weakref.WeakKeyDictionary()
+        self._forms: dict[Hashable, int] = {}
+        self._form_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepCompiler, (self.backend,)
@@ -83,7 +88,7 @@ class StepCompiler:
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
         """
         key = (
-            type(layer),
+            self._form(layer),
             self._shape(kv_layer),
             kv_layer.moment.kind,
             kv_layer.backend,
@@ -103,6 +108,13 @@ class StepCompiler:
                     self._steps[key] = CompiledStep(name, self.backend)
         return self._steps[key]
 
+    def _form(self, layer: nn.Module) -> int:
+        """Layers of one form run alike. It is looked at once: what a layer says later is a change, not a form."""
+        known = self._form_of.get(layer)
+        if known is None:
+            self._form_of[layer] = known = self._forms.setdefault(form_of(layer), next(self._numbers))
+        return known
+
     def _shape(self, kv_layer: Any) -> int:
         """Layers of one shape run alike. Comparing plans is slow: once per cache."""
         known = self._shape_of.get(kv_layer)
@@ -110,6 +122,23 @@ class StepCompiler:
             shape = self._shapes.setdefault(kv_layer.plan.shape, next(self._numbers))
             self._shape_of[kv_layer] = known = (kv_layer.plan, shape)
         return known[1]
+
+
+def form_of(layer: nn.Module) -> Hashable:
+    """What the code of a decoder layer goes by: its modules, the shapes of what they hold, and their settings.
+
+    Layers of one class may differ in it: some have experts, some turn no keys. Which layer it is (`layer_idx`) is left
+    out, for no pass over a policy's cache reads it.
+    """
+    form: list[Hashable] = []
+    for name, part in layer.named_modules():
+        settings = {key: value for key, value in vars(part).items() if isinstance(value, SETTING) and key[0] != "_"}
+        tensors = {**part._parameters, **part._buffers}
+        shapes = ((key, tuple(tensor.shape)) for key, tensor in tensors.items() if tensor is not None)
+        form.append(
+            (name, type(part), frozenset(settings.items() - {("layer_idx", settings.get("layer_idx"))}), *shapes)
+        )
+    return tuple(form)
 
 
 class CompiledStep:

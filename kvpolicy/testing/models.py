@@ -7,7 +7,45 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MORE_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+"""Of the 4 pairs of channels of a head, 2 are turned by time, 1 by height, 1 by width."""
+
+SEEING: dict[str, Any] = {
+    "vision_config": {  # one token of 4 x 4 pixels; what the first block has put out also enters the decoder
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 2,
+        "temporal_patch_size": 1,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+        "out_hidden_size": 32,
+        "initializer_range": 0.3,
+    },
+    "image_token_id": 94,
+    "video_token_id": 93,
+    "vision_start_token_id": 95,
+    "vision_end_token_id": 96,
+}
+
 OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"decoder": {"logit_scale": 1.0, "use_qk_norm": True}},
+    "ernie4_5_moe": {  # the first layer is dense
+        "decoder": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1}
+    },
+    "flex_olmo": {"decoder": {"num_experts": 4, "num_experts_per_tok": 2}},
+    "glm4_moe": {  # the first layer is dense
+        "decoder": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "use_qk_norm": True}
+    },
+    "granite": {"decoder": {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}},
+    "granitemoe": {"decoder": {"attention_multiplier": 0.25, **EXPERTS}},
+    "granitemoeshared": {"decoder": {"attention_multiplier": 0.25, "shared_intermediate_size": 24, **EXPERTS}},
+    "hunyuan_v1_moe": {"decoder": {"num_experts": 4, "moe_topk": 2}},
     "llava": {
         "decoder": {"model_type": "llama"},
         "vision_config": {  # one token of 4 x 4 pixels, four to a picture
@@ -21,10 +59,13 @@ OWN: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 94,
     },
+    "minimax_m2": {"decoder": EXPERTS},
     "mistral": {"decoder": {"sliding_window": None}},
+    "mixtral": {"decoder": EXPERTS},
+    "olmoe": {"decoder": {"num_experts": 4, "num_experts_per_tok": 2}},
+    "phimoe": {"decoder": EXPERTS},
     "qwen2_5_vl": {
-        # Of the 4 pairs of channels of a head, 2 are turned by time, 1 by height, 1 by width.
-        "decoder": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+        "decoder": {"rope_parameters": SECTIONS},
         "vision_config": {  # one token of 4 x 4 pixels
             "depth": 1,
             "hidden_size": 16,
@@ -43,6 +84,11 @@ OWN: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 95,
         "vision_end_token_id": 96,
     },
+    "qwen2_moe": {"decoder": {**MORE_EXPERTS, "shared_expert_intermediate_size": 24}},
+    "qwen3_moe": {"decoder": {**MORE_EXPERTS, "mlp_only_layers": [1]}},
+    "qwen3_vl": {"decoder": {"rope_parameters": SECTIONS}, **SEEING},
+    "qwen3_vl_moe": {"decoder": {"rope_parameters": SECTIONS, **MORE_EXPERTS}, **SEEING},
+    "smollm3": {"decoder": {"no_rope_layer_interval": 2}},
 }
 """What a family's config must say beside the numbers that all have."""
 
