@@ -18,6 +18,7 @@ from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
 from kvpolicy.patching.rotary import rotation_of
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.tail import newest_token
 
 if TYPE_CHECKING:
     from kvpolicy.patching.patch import Patch
@@ -77,6 +78,7 @@ class CacheBuilder:
         _refuse(generation_config, generation_mode)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
+        place_padding(model_kwargs)
         if cache is None:
             model_kwargs["past_key_values"] = self._lend(turn, rows)
         else:
@@ -108,6 +110,16 @@ def _refuse(generation_config: GenerationConfig, generation_mode: GenerationMode
             "assisted decoding (an assistant model or prompt_lookup_num_tokens) takes tokens back, and a policy may "
             "have evicted what they displaced; generate without it, or kvpolicy.remove(model) first"
         )
+
+
+def place_padding(model_kwargs: dict[str, Any]) -> None:
+    """Where rows end in padding, let it stand where their last token does: `generate` counts positions on from there,
+    and the generated tokens come next in their rows."""
+    mask, places = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is None or places is None or bool(mask[:, -1].all()):
+        return
+    newest = newest_token(mask[:, -places.shape[-1] :].bool()).clamp(min=0).to(places.device)
+    model_kwargs["position_ids"] = places.gather(-1, newest.expand(places.shape))
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,11 @@ class Turn:
             if cache.plan.batch != rows:
                 raise CacheError(f"this cache was made for {cache.plan.batch} rows, and generate runs {rows} of them")
             before = cache.clocks.prompt_len.tolist()
+        if not covered:
+            raise UsageError(
+                "the prompt is empty: give at least one token, or leave the ids out, for generate to begin with the "
+                "model's bos_token_id"
+            )
         if covered <= seen:
             raise CacheError(
                 f"the cache has already seen {seen} columns, and the input, with its attention mask, covers {covered}: "

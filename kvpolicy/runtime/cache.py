@@ -22,6 +22,7 @@ from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
 from kvpolicy.runtime.split import SplitLayer
+from kvpolicy.runtime.tail import Tail
 
 
 class PolicyCache(Cache):
@@ -72,6 +73,7 @@ class PolicyCache(Cache):
             for layer in plan.layers
         ]
         super().__init__(layers=layers)
+        self.tail = Tail()
         self._note_cadences()
         self._forget()
 
@@ -98,6 +100,7 @@ class PolicyCache(Cache):
         self.expected: int | None = None
         self._told: dict[str, Tensor] = {}
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
+        self.tail.forget()
         self.finish()
 
     # Opening a pass -----------------------------------------------------------------------------------------------
@@ -213,6 +216,7 @@ class PolicyCache(Cache):
         self.turn_columns += columns
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
+        self.tail.open(valid if padded else None, more)
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
         moment.traits, moment.chunks = traits, ()
