@@ -52,7 +52,15 @@ def attend(
     """
     if kv_layer is None:
         return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
-    return kv_layer.forward(query, key, value, kwargs["scaling"]), None
+    if kwargs.get("dropout"):
+        raise ModelError(
+            f"this model is in training mode and drops attention at random (dropout {kwargs['dropout']}), which no "
+            "policy's cache does; call model.eval()"
+        )
+    # Under autocast, and beside layers kept in float32, these may come in other dtypes than the cache has.
+    given = value.dtype
+    query, key, value = (tensor.to(kv_layer.dtype) for tensor in (query, key, value))
+    return kv_layer.forward(query, key, value, kwargs["scaling"]).to(given), None
 
 
 def newest_validity(attention_mask: Any, columns: int) -> Tensor | None:

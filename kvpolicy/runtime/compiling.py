@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan
 from kvpolicy.runtime.artefacts import artefacts_kept
+from kvpolicy.runtime.tracing import TRACING
 from kvpolicy.runtime.unchanged import Unchanged
 
 CAPTURE = "transformers.utils.output_capturing"
@@ -92,11 +93,11 @@ class StepCompiler:
             hidden_states.shape,
             torch.get_num_threads(),
         )
-        if key not in self._steps:
-            self._steps[key] = CompiledStep(
-                f"{type(layer).__name__}_{kv_layer.moment.kind}_{len(self._steps)}", self.backend
-            )
-        return self._steps[key]
+        found = self._steps.get(key)
+        if found is None:  # of two threads that come at once, one's is kept
+            name = f"{type(layer).__name__}_{kv_layer.moment.kind}_{len(self._steps)}"
+            found = self._steps.setdefault(key, CompiledStep(name, self.backend))
+        return found
 
     def _shape(self, kv_layer: Any) -> int:
         """Layers of one shape run alike. Comparing plans is slow: once per cache."""
@@ -124,12 +125,19 @@ class CompiledStep:
         self._compiled = torch.compile(function, backend=self._compile, fullgraph=True, dynamic=False, **_LIMIT)
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self.graphs:
+        if not self.graphs:
+            with TRACING.trace():
+                if not self.graphs:  # unless another thread was first
+                    return self._first(layer, hidden_states, arguments)
+        with TRACING.run():
             return self._run(layer, hidden_states, arguments)
+
+    def _first(self, *arguments: Any) -> Tensor:
+        """The call that compiles."""
         before = sum(counters["graph_break"].values())
         try:
-            with _without_capture(layer):
-                result = self._run(layer, hidden_states, arguments)
+            with _without_capture(arguments[0]):
+                result = self._run(*arguments)
             self.direct = _without_guards(self._code)
             return result
         finally:
@@ -201,31 +209,35 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
         self.layer, self.compiler = layer, compiler
-        self._snapshot: Unchanged | None = None
-        self._held: set[CompiledStep] = set()  # steps whose guards have held since the snapshot
+        # A snapshot, and the steps whose guards have held since; replaced together, for threads share them.
+        self._known: tuple[Unchanged | None, set[CompiledStep]] = (None, set())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "compiler": self.compiler, "_snapshot": None, "_held": set()}
+        return {"layer": self.layer, "compiler": self.compiler, "_known": (None, set())}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
         if kv_layer is None or kv_layer.moment.kind == "prompt":
-            return type(self.layer).forward(self.layer, *args, **kwargs)
+            return self._eager(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not self.compiler.ready(self.layer, kv_layer, hidden_states, kwargs["position_embeddings"][0]):
-            return type(self.layer).forward(self.layer, *args, **kwargs)
+            return self._eager(*args, **kwargs)
         rows = hidden_states.shape[0]
         step = self.compiler.step(self.layer, kv_layer, hidden_states)
         hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
-        if self._snapshot is None or not self._snapshot.still():
-            self._snapshot = None
-            self._held.clear()
-        if step in self._held and step.direct is not None:
-            return step.direct(self.layer, hidden_states, arguments)
+        snapshot, held = self._known
+        if snapshot is None or not snapshot.still():
+            self._known = snapshot, held = None, set()
+        if step in held and step.direct is not None:
+            with TRACING.run():
+                return step.direct(self.layer, hidden_states, arguments)
         result = step(self.layer, hidden_states, arguments)
-        self._held.add(step)
-        self._snapshot = self._snapshot or Unchanged(self.layer)
+        self._known = snapshot or Unchanged(self.layer), held | {step}
         return result
+
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        with TRACING.run():
+            return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
 def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -18,6 +19,8 @@ class FixedLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
     clocks: Clocks
+    dtype: torch.dtype
+    """Of the numbers it attends with: the plan's, whatever its pools are stored in."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is lazy: the plan knew every size."""
