@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import CacheError, PolicyError, UsageError
+from kvpolicy.patching.adapters import virtual_tokens
 from kvpolicy.patching.checks import decoder_of
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
 from kvpolicy.patching.rotary import rotation_of
@@ -78,6 +79,8 @@ class CacheBuilder:
         _refuse(generation_config, generation_mode)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
+        if cache is None or not cache.get_seq_length():
+            turn = turn.after(virtual_tokens(self.model))
         place_padding(model_kwargs)
         if cache is None:
             model_kwargs["past_key_values"] = self._lend(turn, rows)
@@ -175,6 +178,11 @@ class Turn:
         limit = generation_config.max_new_tokens
         limit = max_cache_length + 1 - columns if limit is None else limit
         return cls(columns, (min(lengths), max(lengths)), generated + limit)
+
+    def after(self, tokens: int) -> Turn:
+        """The same behind so many tokens that an adapter puts before every row."""
+        low, high = self.prompt
+        return replace(self, columns=self.columns + tokens, prompt=(low + tokens, high + tokens))
 
     def make_room(self, cache: PolicyCache, patch: Patch) -> None:
         """Extend a cache whose plan does not hold this turn as well."""

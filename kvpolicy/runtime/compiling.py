@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan
 from kvpolicy.runtime.artefacts import artefacts_kept
 from kvpolicy.runtime.tracing import TRACING
-from kvpolicy.runtime.unchanged import Unchanged
+from kvpolicy.runtime.unchanged import Unchanged, made_of
 
 CAPTURE = "transformers.utils.output_capturing"
 
@@ -74,13 +74,14 @@ class StepCompiler:
     def close(self) -> None:
         """The policy came off."""
 
-    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor) -> CompiledStep:
-        """The compiled object for this layer and this pass.
+    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor, make: Hashable = None) -> CompiledStep:
+        """The compiled object for this layer and this pass; ``make``: what the layer is made of (`made_of`).
 
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
         """
         key = (
             type(layer),
+            make,
             self._shape(kv_layer),
             kv_layer.moment.kind,
             kv_layer.backend,
@@ -201,6 +202,16 @@ def _without_capture(layer: nn.Module) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a layer while it stays what it was: what it is made of, and the steps whose guards have held
+    since. Frozen, and so replaced as a whole: threads share it."""
+
+    snapshot: Unchanged
+    make: Hashable
+    held: frozenset[CompiledStep]
+
+
 class CompiledForward:
     """Stands in for `forward` on one decoder layer: compiled for generated steps over a policy's cache, else as before.
 
@@ -209,11 +220,10 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
         self.layer, self.compiler = layer, compiler
-        # A snapshot, and the steps whose guards have held since; replaced together, for threads share them.
-        self._known: tuple[Unchanged | None, set[CompiledStep]] = (None, set())
+        self._known: Known | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "compiler": self.compiler, "_known": (None, set())}
+        return {"layer": self.layer, "compiler": self.compiler, "_known": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
@@ -222,17 +232,19 @@ class CompiledForward:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not self.compiler.ready(self.layer, kv_layer, hidden_states, kwargs["position_embeddings"][0]):
             return self._eager(*args, **kwargs)
+        known = self._known
+        if known is None or not known.snapshot.still():
+            known = None
+        make = made_of(self.layer) if known is None else known.make
         rows = hidden_states.shape[0]
-        step = self.compiler.step(self.layer, kv_layer, hidden_states)
+        step = self.compiler.step(self.layer, kv_layer, hidden_states, make)
         hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
-        snapshot, held = self._known
-        if snapshot is None or not snapshot.still():
-            self._known = snapshot, held = None, set()
-        if step in held and step.direct is not None:
+        if known is not None and step in known.held and step.direct is not None:
             with TRACING.run():
                 return step.direct(self.layer, hidden_states, arguments)
         result = step(self.layer, hidden_states, arguments)
-        self._known = snapshot or Unchanged(self.layer), held | {step}
+        known = known or Known(Unchanged(self.layer), make, frozenset())
+        self._known = replace(known, held=known.held | {step})
         return result
 
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
