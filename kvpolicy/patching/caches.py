@@ -105,6 +105,20 @@ class CacheBuilder:
         type(self.model)._prepare_cache_for_generation(self.model, *arguments)
 
 
+@dataclass(frozen=True)
+class NoPagedCache:
+    """Stands in for `init_continuous_batching` on one model instance, which would leave the policy out without a word:
+    it switches the attention implementation and brings a paged cache of its own."""
+
+    policy: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UsageError(
+            f"continuous batching (generate_batch) runs on a paged cache that knows nothing of {self.policy}; call "
+            "generate with a padded batch, or kvpolicy.remove(model) first"
+        )
+
+
 def _refuse(generation_config: GenerationConfig, generation_mode: GenerationMode) -> None:
     if generation_config.use_cache is False:
         raise UsageError("use_cache=False together with a policy's cache: drop one of the two")

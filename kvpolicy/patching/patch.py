@@ -16,7 +16,7 @@ from kvpolicy.language import Policy, load_policy
 from kvpolicy.patching.adapters import check_adapters, unwrapped
 from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
-from kvpolicy.patching.caches import CacheBuilder, build_cache
+from kvpolicy.patching.caches import CacheBuilder, NoPagedCache, build_cache
 from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
@@ -222,3 +222,5 @@ def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any
             journal.set(layer, "forward", CompiledForward(layer, patch.compiler))
     if model.can_generate():
         journal.set(model, "_prepare_cache_for_generation", CacheBuilder(model, patch))
+        if hasattr(model, "init_continuous_batching"):
+            journal.set(model, "init_continuous_batching", NoPagedCache(policy.name))

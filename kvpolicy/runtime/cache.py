@@ -7,6 +7,7 @@ the layers then do their five steps without asking the host anything. All state 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
+from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
 from kvpolicy.runtime.tail import Tail
 
@@ -324,7 +326,10 @@ class PolicyCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if repeats != 1:
-            raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
+            raise CacheError(
+                f"this cache has {self.plan.batch} rows and cannot grow in place; cache.copy(repeats={repeats}) has "
+                f"{self.plan.batch * repeats}"
+            )
 
     def _select(self, rows: Tensor) -> None:
         tensors = self._tensors()
@@ -366,6 +371,24 @@ class PolicyCache(Cache):
             "bytes": self.bytes,
             "passes": dict(self.passes),
         }
+
+    def copy(self, repeats: int = 1) -> PolicyCache:
+        """A cache of its own in the same state: fork a prompt that was read once, and let each copy go its own way.
+
+        ``repeats`` gives every row so many times, one after the other, as ``num_return_sequences`` does.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        return copied(self, repeats)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file; ``kvpolicy.load_cache(model, path)`` reads it.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        save_cache(self, path)
 
     def extend(self, *, prompt: int | tuple[int, int] | None = None, max_new_tokens: int | None = None) -> None:
         """Plan anew for longer lengths (totals over the cache's life) and move what is resident. Not inside a pass.

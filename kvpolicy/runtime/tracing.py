@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class Tracing:
-    """Many may ``run``, or one may ``trace``; neither inside the other. Traces go first, so that one is never starved."""
+    """Many may ``run``, or one may ``trace``; neither inside the other. A trace that waits lets nobody by."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
