@@ -57,22 +57,26 @@ def attend(
     """
     if kv_layer is None:
         return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
-    window = kwargs.get("sliding_window")
-    if window != kv_layer.window and not (kv_layer.window is None and not window):
-        _refuse_window(module, window, kv_layer.window)
+    if kwargs.get("dropout"):
+        raise ModelError(
+            f"this model is in training mode and drops attention at random (dropout {kwargs['dropout']}), which no "
+            "policy's cache does; call model.eval()"
+        )
+    window = kwargs.get("sliding_window") or None
+    if window != kv_layer.window:
+        raise ModelError(
+            f"{type(module).__name__} attends through a window of {window or 'all'} tokens, and its cache was planned "
+            f"for {kv_layer.window or 'all'}: the model's config does not tell what its layers do; call "
+            "kvpolicy.remove(model), and report the model type"
+        )
     if kv_temperature is not None:
         scale = kv_temperature(module, kv_layer.query_position)
-        query = query if scale is None else (query * scale[:, None, :, None]).to(query.dtype)
+        query = query if scale is None else query * scale[:, None, :, None]
     formula = Formula(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
-    return kv_layer.forward(query, key, value, formula), None
-
-
-def _refuse_window(module: nn.Module, window: Any, planned: int | None) -> None:
-    raise ModelError(
-        f"{type(module).__name__} attends through a window of {window or 'all'} tokens, and its cache was planned for "
-        f"{planned or 'all'}: the model's config does not tell what its layers do; kvpolicy.remove(model), and report "
-        "the model type"
-    )
+    # Under autocast, and beside layers kept in float32, these may come in other dtypes than the cache has.
+    given = value.dtype
+    query, key, value = (tensor.to(kv_layer.dtype) for tensor in (query, key, value))
+    return kv_layer.forward(query, key, value, formula).to(given), None
 
 
 def newest_validity(attention_mask: Any, columns: int) -> Tensor | None:

@@ -26,7 +26,7 @@ def check_model(model: Any, find: Callable[[Any], Architecture] | None = None) -
         ModelError: its architecture, its layers or where its weights lie are not supported.
     """
     if not isinstance(model, PreTrainedModel):
-        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") or hasattr(model, "get_base_model") else ""
+        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") else ""
         raise UsageError(f"kvpolicy.apply takes a transformers model, not a {type(model).__name__}{wrapped}")
     if any(_is_patched(module) for module in model.modules()):
         raise UsageError("this model carries a policy already; call kvpolicy.remove(model) first")

@@ -15,9 +15,10 @@ from kvpolicy.architecture import Architecture, architectures
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import ModelError, UntestedWarning, UsageError
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.patching.adapters import check_adapters, unwrapped
 from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
-from kvpolicy.patching.caches import CacheBuilder, build_cache
+from kvpolicy.patching.caches import CacheBuilder, NoPagedCache, build_cache
 from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
 from kvpolicy.patching.generic import PROMPT, STEPS, find_architecture, try_alone
@@ -35,7 +36,7 @@ from kvpolicy.versions import warn_untested
 ATTRIBUTE = "_kvpolicy"
 FORMAT = 1  # of config.kv_policy
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=Any)
 
 
 @dataclass
@@ -86,6 +87,8 @@ def apply(
     before. `remove` undoes it; `save_pretrained` records the policy in the config.
 
     Args:
+        model: a transformers model, or peft's wrapper of one: then the model inside it is patched, and all adapters run
+            under the policy.
         policy: the name of a shipped policy, the path of a YAML file, or a loaded Policy.
         compile: run generated steps through torch.compile, one graph per kind of step and layer shape; a string names
             the backend of torch.compile (inductor by default), or is "background": another process compiles while
@@ -102,11 +105,13 @@ def apply(
         params: values for the policy's params, as `--set` gives them.
 
     Returns:
-        The same model.
+        The same object.
 
     Raises:
         UsageError, ModelError, PolicyError: it cannot be done, and why; the model is then as it was.
     """
+    check_adapters(model)
+    given, model = model, unwrapped(model)
     architecture = check_model(model, find_architecture if generic else None)
     untested = model.config.model_type not in architectures()
     decoder = decoder_of(model, architecture)
@@ -137,7 +142,7 @@ def apply(
     except BaseException:
         patch.journal.undo()
         raise
-    return model
+    return given
 
 
 def _try(model: Any, patch: Patch) -> None:
@@ -162,7 +167,7 @@ def _try(model: Any, patch: Patch) -> None:
     )
 
 
-def remove(model: PreTrainedModel) -> None:
+def remove(model: Any) -> None:
     """Take a policy off a model: every change is undone, and the model is what it was, object for object.
 
     Raises:
@@ -183,7 +188,7 @@ def applied(model: Model, policy: str | Path | Policy, **arguments: Any) -> Iter
 
 
 def cache_for(
-    model: PreTrainedModel, *, prompt: int | tuple[int, int], max_new_tokens: int, batch: int = 1, turns: int = 1
+    model: Any, *, prompt: int | tuple[int, int], max_new_tokens: int, batch: int = 1, turns: int = 1
 ) -> PolicyCache:
     """A fresh cache to pass as `past_key_values` where the model is called without `generate`.
 
@@ -194,22 +199,22 @@ def cache_for(
         turns: prompt turns the cache will see.
     """
     patch = patch_of(model)
-    return build_cache(model, patch, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch, turns=turns)
+    return build_cache(unwrapped(model), patch, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch, turns=turns)
 
 
-def compile_report(model: PreTrainedModel) -> CompileReport:
+def compile_report(model: Any) -> CompileReport:
     """What torch.compile did for this model's steps so far: graphs, graph breaks, recompiles. All 0 where it is off."""
     compiler = patch_of(model).compiler
     return CompileReport() if compiler is None else compiler.report
 
 
-def patch_of(model: PreTrainedModel) -> Patch:
+def patch_of(model: Any) -> Patch:
     """The patch a model carries.
 
     Raises:
         UsageError: it carries none.
     """
-    patch = model.__dict__.get(ATTRIBUTE)
+    patch: Patch | None = unwrapped(model).__dict__.get(ATTRIBUTE)
     if patch is None:
         raise UsageError("this model carries no policy; call kvpolicy.apply(model, policy) first")
     return patch
@@ -254,3 +259,5 @@ def _change(model: PreTrainedModel, patch: Patch, layers: list[Any], traits: Tra
         journal.set(model, "_prepare_cache_for_generation", CacheBuilder(model, patch))
         if prepares_by_itself(model):
             journal.set(model, "prepare_inputs_for_generation", CacheKeeper(model))
+        if hasattr(model, "init_continuous_batching"):
+            journal.set(model, "init_continuous_batching", NoPagedCache(policy.name))

@@ -7,6 +7,7 @@ the layers then do their five steps without asking the host anything. All state 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.local_layer import LocalLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
 from kvpolicy.runtime.protocol import new_columns
+from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
+from kvpolicy.runtime.tail import Tail
 
 
 class PolicyCache(Cache):
@@ -77,6 +80,7 @@ class PolicyCache(Cache):
         ]
         self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in plan.local]
         super().__init__(layers=_in_order(plan, self.governed, self.local))
+        self.tail = Tail()
         self._note_cadences()
         self._forget()
 
@@ -103,6 +107,7 @@ class PolicyCache(Cache):
         self.expected: int | None = None
         self._told: dict[str, Tensor] = {}
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
+        self.tail.forget()
         self.finish()
 
     # Opening a pass -----------------------------------------------------------------------------------------------
@@ -218,6 +223,7 @@ class PolicyCache(Cache):
         self.turn_columns += columns
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
+        self.tail.open(valid if padded else None, more)
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
         moment.traits, moment.chunks = traits, ()
@@ -329,7 +335,10 @@ class PolicyCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if repeats != 1:
-            raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
+            raise CacheError(
+                f"this cache has {self.plan.batch} rows and cannot grow in place; cache.copy(repeats={repeats}) has "
+                f"{self.plan.batch * repeats}"
+            )
 
     def _select(self, rows: Tensor) -> None:
         tensors = self._tensors()
@@ -371,6 +380,24 @@ class PolicyCache(Cache):
             "bytes": self.bytes,
             "passes": dict(self.passes),
         }
+
+    def copy(self, repeats: int = 1) -> PolicyCache:
+        """A cache of its own in the same state: fork a prompt that was read once, and let each copy go its own way.
+
+        ``repeats`` gives every row so many times, one after the other, as ``num_return_sequences`` does.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        return copied(self, repeats)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file; ``kvpolicy.load_cache(model, path)`` reads it.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        save_cache(self, path)
 
     def extend(self, *, prompt: int | tuple[int, int] | None = None, max_new_tokens: int | None = None) -> None:
         """Plan anew for longer lengths (totals over the cache's life) and move what is resident. Not inside a pass.

@@ -14,7 +14,7 @@ from kvpolicy.attention import (
 )
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.evict import Leave
 from kvpolicy.runtime.fused import Fusion
@@ -49,6 +49,7 @@ class LayerCore(FixedLayer):
     ) -> None:
         super().__init__()
         self.geometry = geometry
+        self.dtype = TORCH_DTYPES[geometry.dtype]
         self.backend = backend
         self.clocks = clocks
         self.moment = moment

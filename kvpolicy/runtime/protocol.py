@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -20,6 +21,8 @@ class FixedLayer(CacheLayerMixin):
     is_sliding = False
     window: int | None = None  # what the model calls its sliding window; None where the whole text is in sight
     clocks: Clocks
+    dtype: torch.dtype
+    """Of the numbers it attends with: the plan's, whatever its pools are stored in."""
     moment: Moment
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpolicy.attention import Formula, Rotation
 from kvpolicy.plan import LayerPlan, ModelGeometry
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import Moment
 from kvpolicy.runtime.protocol import FixedLayer
@@ -33,6 +33,7 @@ class SplitLayer(FixedLayer):
     ) -> None:
         super().__init__()
         self.plan = plan
+        self.dtype = TORCH_DTYPES[geometry.dtype]
         self.clocks = clocks
         self.moment = moment
         self.backend = backend
