@@ -52,6 +52,11 @@ def attend(
     """
     if kv_layer is None:
         return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
+    if key.shape[1] != kv_layer.heads:
+        raise ModelError(
+            f"attention was given {key.shape[1]} KV heads, and the cache was made for {kv_layer.heads}: the model is "
+            "sharded in a way that kvpolicy does not know; shard it with transformers' tp_plan='auto', or load it whole"
+        )
     return kv_layer.forward(query, key, value, kwargs["scaling"]), None
 
 

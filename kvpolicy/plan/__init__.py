@@ -2,6 +2,7 @@
 
 from kvpolicy.plan.build import make_plan
 from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
+from kvpolicy.plan.sharding import on_rank, uneven
 from kvpolicy.plan.signals import layer_needs, needs, reads_bounds, scoring_leaves
 from kvpolicy.plan.structure import (
     Buffer,
@@ -30,7 +31,9 @@ __all__ = [
     "layer_needs",
     "make_plan",
     "needs",
+    "on_rank",
     "reads_bounds",
     "scoring_leaves",
+    "uneven",
     "unsupported",
 ]

@@ -16,11 +16,12 @@ from transformers.cache_utils import Cache
 from kvpolicy.attention import Rotation
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
-from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
+from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan, on_rank
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
+from kvpolicy.runtime.ranks import ALONE, Ranks, merged
 from kvpolicy.runtime.split import SplitLayer
 
 
@@ -33,9 +34,12 @@ class PolicyCache(Cache):
         backend: who computes attention in generated passes: "torch", "triton", or "auto", which is triton on a GPU
             where it can run. ``cache.backend`` says what was chosen, ``cache.backend_reason`` why.
         rotation: the model's, for ``positions: compact``; ``Rotation.none()`` for numbers that carry none.
+        ranks: the processes that share the model's KV heads. ``plan`` is the whole model's on each of them, and
+            ``cache.own`` the part that lies here.
 
     Raises:
-        UsageError: the policy says what this runtime cannot do yet, or triton was asked for where it cannot run.
+        UsageError: the policy says what this runtime cannot do yet, triton was asked for where it cannot run, or the
+            heads cannot be shared out evenly.
     """
 
     loan: Any = None  # a shelf's, where the cache came from one (runtime/shelf.py)
@@ -48,6 +52,7 @@ class PolicyCache(Cache):
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         rotation: Rotation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_supported(plan)
         compact = any(layer.compact for layer in plan.layers)
@@ -60,16 +65,17 @@ class PolicyCache(Cache):
         stored = TORCH_DTYPES[plan.geometry.dtype]
         if dtype is not None and dtype != stored:
             raise CacheError(f"this plan stores {plan.geometry.dtype}, the model computes in {dtype}; plan for {dtype}")
-        self.plan = plan
+        self.ranks = ranks
+        self.plan, self.own = plan, on_rank(plan, ranks.rank, ranks.size)
         self.device = torch.device(device)
         self.clocks = Clocks(plan, self.device)
         self.moment = Moment()
-        self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
+        self.backend, self.backend_reason = choose_backend(backend, self.device, self.own.geometry)
         layers = [
             (SplitLayer if layer.groups else PolicyLayer)(
-                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation
+                layer, self.own.geometry, self.clocks, self.moment, self.device, self.backend, rotation, ranks
             )
-            for layer in plan.layers
+            for layer in self.own.layers
         ]
         super().__init__(layers=layers)
         self._note_cadences()
@@ -331,19 +337,21 @@ class PolicyCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache's tensors hold: what the plan announced."""
+        """Bytes that the cache's tensors hold on this rank: what the plan announced."""
         tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
-        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty.
+        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty; of the KV heads here.
 
         Slots that KV heads share come last; there -1 also stands where a token is another head's.
         """
         return self.layers[layer_idx].positions()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, *, everywhere: bool = False) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
+
+        The KV heads are those of this rank; with ``everywhere``, which all ranks must then call, those of the model.
 
         ``pools`` maps a name to tokens ``resident`` (most in any row and head), ``peak`` (most held between updates),
         ``bound`` (the plan's), and in all ``seen``, ``evicted`` for good, and ``moved`` on to another pool.
@@ -353,7 +361,7 @@ class PolicyCache(Cache):
             for pool in part.plan.pools:
                 _count(part, pool, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
         resident = max(int((part.state.all_positions >= 0).sum(-1).max()) for part in self.parts())
-        return {
+        stats = {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
             "resident": resident,
@@ -362,6 +370,7 @@ class PolicyCache(Cache):
             "bytes": self.bytes,
             "passes": dict(self.passes),
         }
+        return merged(self.ranks.collect(stats)) if everywhere else stats
 
     def extend(self, *, prompt: int | tuple[int, int] | None = None, max_new_tokens: int | None = None) -> None:
         """Plan anew for longer lengths (totals over the cache's life) and move what is resident. Not inside a pass.
@@ -380,9 +389,10 @@ class PolicyCache(Cache):
             turns=self.plan.turns + 1,
         )
         self.clocks.extend(plan)
-        for number, layer in enumerate(plan.layers):
+        own = on_rank(plan, self.ranks.rank, self.ranks.size)
+        for number, layer in enumerate(own.layers):
             self.layers[number].replan(layer)
-        self.plan = plan
+        self.plan, self.own = plan, own
         self._note_cadences()
 
 

@@ -18,6 +18,8 @@ class FixedLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
     clocks: Clocks
+    heads: int
+    """KV heads that it caches."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is lazy: the plan knew every size."""
