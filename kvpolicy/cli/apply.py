@@ -165,7 +165,9 @@ def introduction(policy: Policy, model: str, request: Request, device: str, rank
     compiled, why = request.compiles(device, ranks)
     waits = "so the first steps take a while" if compiled is True else "and tokens come eagerly until then"
     how = f"compiled ({why}), {waits}" if compiled else f"not compiled ({why})"
-    where = device if ranks == 1 else f"{ranks} processes, each with {device.partition(':')[0]} and its part of the heads"
+    where = (
+        device if ranks == 1 else f"{ranks} processes, each with {device.partition(':')[0]} and its part of the heads"
+    )
     return f"{policy.name} under {model} on {where}, {how}"
 
 

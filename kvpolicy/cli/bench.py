@@ -185,6 +185,7 @@ def measure(bench: Bench, name: str, extra: Extra) -> Report:
     else:
         report = Report(name, bench.device_name, bench.bandwidth, bench.weights, total(bench.device))
         report.growths = growths(bench, extra.seen)
+        report.notes += bench.notes
     report.environment = environment(bench.device)
     report.command = f"kvpolicy {' '.join(sys.argv[1:])}"
     return report

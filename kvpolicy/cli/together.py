@@ -20,7 +20,7 @@ def among_processes(arguments: Sequence[str]) -> Iterator[None]:
     if here.count == 1:
         yield
         return
-    stdin = sys.stdin
+    stdin, met_before = sys.stdin, here.met
     with ExitStack() as stack:
         if not here.first:
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -32,7 +32,8 @@ def among_processes(arguments: Sequence[str]) -> Iterator[None]:
             yield
         finally:
             sys.stdin = stdin
-            here.leave()
+            if not met_before:  # else it is somebody else's
+                here.leave()
 
 
 def on_first_process(verb: Callable[..., Any]) -> Callable[..., Any]:

@@ -36,22 +36,27 @@ class Processes:
 
     def join(self) -> None:
         """Meet the others, once; on a machine with GPUs each process takes the one of its number."""
+        if self.count == 1 or self.met:
+            return
         import torch
         import torch.distributed as dist
 
-        if self.count == 1 or dist.is_initialized():
-            return
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
+    @property
+    def met(self) -> bool:
+        """Whether it has met the others, by ``join`` or because somebody else saw to it."""
+        distributed = sys.modules.get("torch.distributed")
+        return distributed is not None and bool(distributed.is_initialized())
+
     def leave(self) -> None:
         """Part from the others, so that torch does not complain of it at the end."""
-        if self.count > 1 and "torch.distributed" in sys.modules:
+        if self.met:
             import torch.distributed as dist
 
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            dist.destroy_process_group()
 
     def collect(self, value: Result) -> list[Result]:
         """What each process has to say, any picklable value, in order. All must call it."""
@@ -97,10 +102,10 @@ class Processes:
         """Whether this process is to say a sentence that others may have to say as well: one of them does."""
         if self.count == 1:
             return True
+        if not self.met:  # nothing happened yet that could differ, but between machines
+            return self.local == 0
         import torch.distributed as dist
 
-        if not dist.is_initialized():  # nothing happened yet that could differ, but between machines
-            return self.local == 0
         try:
             key = hashlib.sha256(text.encode()).hexdigest()
             return bool(dist.distributed_c10d._get_default_store().add(f"kvpolicy/{key}", 1) == 1)

@@ -1,10 +1,12 @@
 """What a policy keeps, step by step: the same code in one process and on each of several ranks. Also what a rank runs:
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.ranks.following FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.ranks.following FOLDER
 """
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import kvpolicy
+from kvpolicy.cli.main import main
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.language import Policy, loads_policy
 from kvpolicy.patching import cache_for, compile_report, patch_of
@@ -128,6 +131,14 @@ def refusal(path, policy):
     return "taken"
 
 
+def command(arguments):
+    """What a command of the command line prints here, and its exit code."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        code = main(["--quiet", *arguments])
+    return [code, said.getvalue()]
+
+
 def sharded(path):
     """The model in a folder, as transformers shards it over all ranks."""
     return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto")).eval()
@@ -147,6 +158,7 @@ def run(folder):
         "numbers": {name: follow_numbers(policies[name], ranks) for name in job.get("numbers", ())},
         "generate": {name: generate(shared, policies[name]) for name in job.get("generate", ())},
         "refused": [refusal(folder / name, policies[policy]) for name, policy in job.get("refused", ())],
+        "commands": [command(arguments) for arguments in job.get("commands", ())],
         "left": sorted(name for name in vars(shared) if "kvp" in name) + [shared.config._attn_implementation],
     }
     with kvpolicy.applied(shared, next(iter(policies.values()))):

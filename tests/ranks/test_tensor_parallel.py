@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from kvpolicy.language import load_policy, loads_policy
-from tests.invariants.policies import NAMES, tight
 from tests.ranks import following
-from tests.ranks.following import GEOMETRY, follow, follow_numbers, generate, model
+from tests.ranks.following import command, follow, follow_numbers, generate, model
 
 ROOT = Path(__file__).parents[2]
 THREE = {  # one that decides head by head, one for a whole layer, one across heads
@@ -34,6 +33,10 @@ pools: {all: {admit: all, budget: 10, scorer: {signal: attention}, evict: {scope
 OWN_POLICIES = {name: loads_policy(f"kvpolicy: 1\nname: {name}{text}", filename=name) for name, text in OWN.items()}
 
 
+APPLY = ["apply", "ada-kv", "builtin:tiny", *["--set", "budget=9"], *["--set", "window=3"], "-n", "12", "--json"]
+SIMULATE = ["simulate", "tova", "raas", "window", "--pattern", "drift", "--prompt", "8", "--steps", "20"]
+
+
 def launch(folder, ranks, policies, minutes=2, **job):
     """What every rank of a job answers, in order."""
     job["policies"] = {name: policy.to_yaml() for name, policy in policies.items()}
@@ -52,7 +55,10 @@ def put_together(answers, of):
     """Kept sets by pass, layer, row and head of the whole model, from what each rank kept of its own heads."""
     parts = [of(answer) for answer in answers]
     return [
-        [[[head for row in rows for head in row] for rows in zip(*layers, strict=True)] for layers in zip(*at, strict=True)]
+        [
+            [[head for row in rows for head in row] for rows in zip(*layers, strict=True)]
+            for layers in zip(*at, strict=True)
+        ]
         for at in zip(*parts, strict=True)
     ]
 
@@ -66,7 +72,9 @@ def assert_as_one(answers, name, one):
         held, planned = answer["follow"][name]["bytes"]
         assert held == planned
         told, whole = answer["follow"][name]["stats"], one["stats"]
-        assert {key: told[key] for key in told if key != "bytes"} == {key: whole[key] for key in whole if key != "bytes"}
+        assert {key: told[key] for key in told if key != "bytes"} == {
+            key: whole[key] for key in whole if key != "bytes"
+        }
     assert put_together(answers, lambda answer: answer["follow"][name]["kept"]) == one["kept"]
     assert one["stats"]["evicted"] > 0 or one["stats"]["bound"] == 0
 
@@ -86,6 +94,7 @@ def two(saved):
         saved, 2, {**THREE, **OWN_POLICIES},
         follow={"raas": {}, "tova": {}, "ada-kv": {"second": 7}, "by-head": {}, "chunks": {}},
         numbers=["tova", "ada-kv", "by-head"], generate=["tova"], refused=[["one-head", "tova"]],
+        commands=[APPLY, SIMULATE],
     )  # fmt: skip
 
 
@@ -111,6 +120,23 @@ def test_of_equal_numbers_the_same_is_kept(two, name):
 def test_generate_writes_the_same_texts(two):
     expected = generate(model(), THREE["tova"])
     assert [answer["generate"]["tova"] for answer in two] == [expected, expected]
+
+
+def test_apply_tells_of_the_whole_model_on_the_first_rank_alone(two):
+    code, said = two[0]["commands"][0]
+    told, alone = json.loads(said), json.loads(command(APPLY)[1])
+    assert code == 0 and two[1]["commands"][0] == [0, ""]
+    assert told["ranks"] == 2 and alone["ranks"] == 1
+    own = {name for name in told if "bytes" in name or "second" in name} | {"ranks"}
+    assert {name: told[name] for name in told if name not in own} == {
+        name: alone[name] for name in alone if name not in own
+    }
+    assert told["cache_bytes"] == told["planned_cache_bytes"] < alone["cache_bytes"]
+
+
+def test_a_sweep_is_shared_out_and_told_once(two):
+    assert two[0]["commands"][1] == command(SIMULATE)
+    assert two[1]["commands"][1] == [0, ""]
 
 
 def test_heads_that_cannot_be_shared_out_are_refused_on_every_rank(two):
@@ -147,9 +173,10 @@ def test_compiled_steps_keep_the_same_in_one_graph_each(saved, ranks):
 
 @pytest.mark.slow
 def test_every_shipped_policy_keeps_the_same_on_two_ranks(saved):
+    from tests.invariants.policies import NAMES, tight  # takes seconds to import: plans for every policy
+
     every = {name: tight(name) for name in NAMES}
     answers = launch(saved, 2, every, follow={name: {} for name in every}, numbers=list(every), minutes=9)
-    assert GEOMETRY.kv_heads == 4
     for name, policy in every.items():
         one = follow(model(), policy)
         assert_as_one(answers, name, one)
