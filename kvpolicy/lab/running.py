@@ -58,8 +58,8 @@ class Outcome:
     Tokens are the most of any layer, row and KV head: ``resident_peak`` after an update, where the plan allows
     ``resident_bound``; ``held_peak`` in the middle of a step, where there are ``slots``. ``evicted`` is summed over all
     layers and KV heads. ``residents`` are (t, tokens) after updates. ``tokens_per_second`` leaves the prompt and the
-    compilation of steps out. ``ended`` is "text", "length" or "interrupted". Where several ``ranks`` share the model, counts
-    are those of the whole model, and bytes those of one rank, the fullest.
+    compilation of steps out. ``ended`` is "text", "length" or "interrupted". Where several ``ranks`` share the model,
+    counts are those of the whole model, and bytes those of one rank, the fullest.
     """
 
     policy: str

@@ -89,7 +89,7 @@ def load_sharded(spec: str, here: Processes, dtype: Any, progress: bool, notify:
 
 
 def _sharding() -> dict[str, Any]:
-    """How `from_pretrained` is asked to shard: releases before 5.17 or so know `tp_plan` alone, which later ones drop."""
+    """How `from_pretrained` is asked to shard: earlier releases know `tp_plan` alone, which later ones will drop."""
     import dataclasses
 
     from transformers.distributed import DistributedConfig

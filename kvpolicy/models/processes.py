@@ -114,7 +114,7 @@ class Processes:
 
 
 def processes() -> Processes:
-    """Those of this launch; one where there was none. A single variable may stand for something else: all must be set."""
+    """Those of this launch; one where there was none. One variable alone may mean something else: all must be set."""
     try:
         rank, count, local = (int(os.environ[name]) for name in VARIABLES[:3])
     except (KeyError, ValueError):

@@ -1,8 +1,8 @@
-"""What tensor parallelism made of a model: which of its KV heads are computed on this rank, and with whom they are shared.
+"""What tensor parallelism made of a model: which of its KV heads are computed on this rank, and who has the others.
 
-transformers shards a model's projections over the ranks of a mesh, so that attention sees the heads of one rank as plain
-tensors. Where a family's plan gathers the projections' outputs again (OLMo 2 and others), each rank sees all heads, and
-so does each cache.
+transformers shards a model's projections over the ranks of a mesh, so that attention sees the heads of one rank, as
+plain tensors. Where a family's plan gathers the projections' outputs again (OLMo 2 and others), each rank sees all
+heads, and so does each cache.
 """
 
 from __future__ import annotations

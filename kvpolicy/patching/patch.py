@@ -122,8 +122,8 @@ def apply(
         check_forwards(layers)
     if wanted == BACKGROUND and ranks.size > 1:
         raise UsageError(
-            f"compile={BACKGROUND!r} compiles in a process that is none of the {ranks.size} ranks; compile=True does it "
-            "in each of them"
+            f"compile={BACKGROUND!r} compiles in a process that is none of the {ranks.size} ranks; compile=True does "
+            "it in each of them"
         )
     compiler = _compiler(wanted)
     previous = (decoder.config._attn_implementation or "eager").removeprefix(PREFIX)

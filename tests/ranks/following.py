@@ -16,6 +16,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import kvpolicy
+from kvpolicy.attention import Rotation
 from kvpolicy.cli.main import main
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.language import Policy, loads_policy
@@ -57,8 +58,8 @@ def kept(cache):
 
 @torch.no_grad()
 def follow(model, policy, compile=None, second=0):
-    """Tokens that a model chooses under a policy, and what it keeps after every pass; then ``second`` prompt tokens more
-    and some steps of a second turn."""
+    """Tokens that a model chooses under a policy, and what it keeps after every pass; then a second turn of so many
+    prompt tokens."""
     ids, mask = prompts()
     extra = torch.randint(2, 97, (ROWS, second), generator=torch.Generator().manual_seed(4))
     with kvpolicy.applied(model, policy, compile=compile):
@@ -91,7 +92,7 @@ def follow_numbers(policy, ranks=ALONE):
     """What a cache keeps of queries, keys and values that are the same to the last bit however many ranks there are."""
     shape = GEOMETRY
     plan = make_plan(policy, shape, batch=ROWS, prompt=PROMPT, max_new_tokens=STEPS)
-    cache = PolicyCache(plan, ranks=ranks)
+    cache = PolicyCache(plan, rotation=Rotation.none(), ranks=ranks)
     numbers = torch.Generator().manual_seed(5)
     heads = ranks.heads(shape.kv_heads)
     some = {shape.kv_heads: slice(heads.start, heads.stop)}
@@ -159,7 +160,7 @@ def run(folder):
         "generate": {name: generate(shared, policies[name]) for name in job.get("generate", ())},
         "refused": [refusal(folder / name, policies[policy]) for name, policy in job.get("refused", ())],
         "commands": [command(arguments) for arguments in job.get("commands", ())],
-        "left": sorted(name for name in vars(shared) if "kvp" in name) + [shared.config._attn_implementation],
+        "left": [*sorted(name for name in vars(shared) if "kvp" in name), shared.config._attn_implementation],
     }
     with kvpolicy.applied(shared, next(iter(policies.values()))):
         assert patch_of(shared).ranks == ranks

@@ -51,9 +51,8 @@ def launch(folder, ranks, policies, minutes=2, **job):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def put_together(answers, of):
+def put_together(parts):
     """Kept sets by pass, layer, row and head of the whole model, from what each rank kept of its own heads."""
-    parts = [of(answer) for answer in answers]
     return [
         [
             [[head for row in rows for head in row] for rows in zip(*layers, strict=True)]
@@ -75,7 +74,7 @@ def assert_as_one(answers, name, one):
         assert {key: told[key] for key in told if key != "bytes"} == {
             key: whole[key] for key in whole if key != "bytes"
         }
-    assert put_together(answers, lambda answer: answer["follow"][name]["kept"]) == one["kept"]
+    assert put_together([answer["follow"][name]["kept"] for answer in answers]) == one["kept"]
     assert one["stats"]["evicted"] > 0 or one["stats"]["bound"] == 0
 
 
@@ -114,7 +113,7 @@ def test_each_rank_holds_half_of_the_heads_and_about_half_of_the_bytes(two):
 @pytest.mark.parametrize("name", ["tova", "ada-kv", "by-head"])
 def test_of_equal_numbers_the_same_is_kept(two, name):
     policy = {**THREE, **OWN_POLICIES}[name]
-    assert put_together(two, lambda answer: answer["numbers"][name]) == follow_numbers(policy)
+    assert put_together([answer["numbers"][name] for answer in two]) == follow_numbers(policy)
 
 
 def test_generate_writes_the_same_texts(two):
@@ -156,7 +155,7 @@ def test_four_ranks_keep_what_one_process_keeps(saved):
     assert [answer["heads"] for answer in answers] == [[0], [1], [2], [3]]
     for name, policy in every.items():
         assert_as_one(answers, name, follow(model(), policy))
-        assert put_together(answers, lambda answer: answer["numbers"][name]) == follow_numbers(policy)
+        assert put_together([answer["numbers"][name] for answer in answers]) == follow_numbers(policy)
 
 
 @pytest.mark.slow
@@ -180,4 +179,4 @@ def test_every_shipped_policy_keeps_the_same_on_two_ranks(saved):
     for name, policy in every.items():
         one = follow(model(), policy)
         assert_as_one(answers, name, one)
-        assert put_together(answers, lambda answer: answer["numbers"][name]) == follow_numbers(policy)
+        assert put_together([answer["numbers"][name] for answer in answers]) == follow_numbers(policy)

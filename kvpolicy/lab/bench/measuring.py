@@ -153,7 +153,7 @@ class Bench(Track):
 
 def _in_processes(count: int, device: str) -> str:
     if device == "cuda":
-        return f"{count} processes measured, each with a GPU of its own: a row, and what it is held against, on one of them"
+        return f"{count} processes measured, each with a GPU of its own; a row and what it is held against are of one"
     return f"{count} processes measured at once on one {device}: every time here is of a step beside others"
 
 
