@@ -45,6 +45,7 @@ def _shards_keys(model: Any, architecture: Architecture) -> bool:
     """Whether attention is given the keys of this rank's heads alone."""
     for name, style in (getattr(model, "_tp_plan", None) or {}).items():
         parent, _, module = name.rpartition(".")
-        if module in KEYS and parent.rpartition(".")[2] == architecture.attention and "colwise" in style:
+        inside = parent.endswith(f"{architecture.layers}.*.{architecture.attention}")
+        if module in KEYS and inside and "colwise" in style:
             return "gather" not in style and "rep" not in style
     return False

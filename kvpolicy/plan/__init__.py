@@ -2,7 +2,7 @@
 
 from kvpolicy.plan.build import make_plan
 from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
-from kvpolicy.plan.sharding import on_rank, uneven
+from kvpolicy.plan.sharding import gathered, on_rank, uneven
 from kvpolicy.plan.signals import layer_needs, needs, reads_bounds, scoring_leaves
 from kvpolicy.plan.structure import (
     Buffer,
@@ -28,6 +28,7 @@ __all__ = [
     "StorePlan",
     "Stream",
     "check_supported",
+    "gathered",
     "layer_needs",
     "make_plan",
     "needs",

@@ -85,3 +85,23 @@ def _of_some_heads(pool: PoolPlan, every: int, some: int) -> int:
     won = (1 - pool.floor) * every * mean + pool.floor * some * mean
     most = (2 * won + (some if rounds else 0)) // 2
     return max(1, min(pool.units, int(most), some * (pool.bound // pool.page))) * pool.page
+
+
+def gathered(plan: Plan) -> tuple[int, int]:
+    """Bytes of scores that ranks put together, over all layers: by one update of a generated pass, and by the end of a
+    first prompt turn. (0, 0) where heads decide for themselves.
+
+    Of one set for a layer these are its float32 scores; of heads that compete, their order as int64, and each one's
+    room.
+    """
+    step = prompt = 0
+    for layer in plan.layers:
+        for pool in layer.pools:
+            waiting = -(-plan.prompt[1] // pool.page) if pool.hears_prompts else 0
+            cells = plan.batch * plan.geometry.kv_heads
+            if pool.evicts and pool.scope == "layer":
+                step += 4 * cells * pool.units if pool.cadence else 0
+                prompt += 4 * cells * waiting
+            elif pool.evicts and pool.scope == "across-heads":
+                prompt += 8 * cells * (waiting + 1)
+    return step, prompt

@@ -151,7 +151,7 @@ def test_nothing_is_left_on_a_sharded_model(two):
 @pytest.mark.slow
 def test_four_ranks_keep_what_one_process_keeps(saved):
     every = {**THREE, **OWN_POLICIES}
-    answers = launch(saved, 4, every, follow={name: {} for name in every}, numbers=list(every), minutes=4)
+    answers = launch(saved, 4, every, follow={name: {} for name in every}, numbers=list(every), minutes=15)
     assert [answer["heads"] for answer in answers] == [[0], [1], [2], [3]]
     for name, policy in every.items():
         assert_as_one(answers, name, follow(model(), policy))
@@ -161,7 +161,7 @@ def test_four_ranks_keep_what_one_process_keeps(saved):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_compiled_steps_keep_the_same_in_one_graph_each(saved, ranks):
-    answers = launch(saved, ranks, THREE, follow={name: {"compile": True} for name in THREE}, minutes=9)
+    answers = launch(saved, ranks, THREE, follow={name: {"compile": True} for name in THREE}, minutes=25)
     for name, policy in THREE.items():
         one = follow(model(), policy, compile=True)
         assert_as_one(answers, name, one)
@@ -175,7 +175,7 @@ def test_every_shipped_policy_keeps_the_same_on_two_ranks(saved):
     from tests.invariants.policies import NAMES, tight  # takes seconds to import: plans for every policy
 
     every = {name: tight(name) for name in NAMES}
-    answers = launch(saved, 2, every, follow={name: {} for name in every}, numbers=list(every), minutes=9)
+    answers = launch(saved, 2, every, follow={name: {} for name in every}, numbers=list(every), minutes=25)
     for name, policy in every.items():
         one = follow(model(), policy)
         assert_as_one(answers, name, one)
