@@ -57,6 +57,11 @@ def attend(
     """
     if kv_layer is None:
         return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
+    if key.shape[1] != kv_layer.heads:
+        raise ModelError(
+            f"attention was given {key.shape[1]} KV heads, and the cache was made for {kv_layer.heads}: the model is "
+            "sharded in a way that kvpolicy does not know; shard it with transformers' tp_plan='auto', or load it whole"
+        )
     if kwargs.get("dropout"):
         raise ModelError(
             f"this model is in training mode and drops attention at random (dropout {kwargs['dropout']}), which no "

@@ -41,7 +41,7 @@ def geometry_of(model: Any, patch: Patch) -> ModelGeometry:
 
 def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
-    settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
+    settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend, "ranks": patch.ranks}
     if patch.policy.positions == "compact":
         decoder = decoder_of(model, patch.architecture)
         settings["rotation"] = rotation_of(model, decoder, patch.architecture)

@@ -83,8 +83,6 @@ def _check_devices(model: PreTrainedModel) -> None:
             f"this model is spread over {', '.join(sorted(places))}, and a policy's cache lies on one device; load it "
             "with device_map={'': 0}"
         )
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ModelError("this model runs tensor-parallel, which kvpolicy cannot patch yet; load it without tp_plan")
 
 
 def _check_layers(model: Any, architecture: Architecture) -> None:

@@ -24,12 +24,14 @@ from kvpolicy.patching.checks import check_forwards, check_model, check_policy, 
 from kvpolicy.patching.generic import PROMPT, STEPS, find_architecture, try_alone
 from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
 from kvpolicy.patching.lengths import Room
+from kvpolicy.patching.parallel import ranks_of
 from kvpolicy.patching.rereading import CacheKeeper, prepares_by_itself
 from kvpolicy.patching.rotary import check_rotation
 from kvpolicy.patching.traits import TraitHook
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
+from kvpolicy.runtime.ranks import ALONE, Ranks
 from kvpolicy.runtime.shelf import Shelf
 from kvpolicy.versions import warn_untested
 
@@ -44,7 +46,8 @@ class Patch:
     """What `apply` did to one model; it lives on the model, as its only new attribute with a name of ours.
 
     `architecture` is what is known of the model, or was found. `compiler` is None where steps run eagerly. `room` is
-    what was said of the lengths to come. `shelf` keeps one cache between two calls of `generate`.
+    what was said of the lengths to come. `ranks` share the model's heads. `shelf` keeps one cache between two calls of
+    `generate`.
     """
 
     policy: Policy
@@ -55,6 +58,7 @@ class Patch:
     backend: str = "auto"
     room: Room = field(default_factory=Room)
     architecture: Architecture = field(default_factory=lambda: Architecture((), ""))
+    ranks: Ranks = ALONE
     shelf: Shelf = field(default_factory=Shelf)
 
     def take_off(self) -> None:
@@ -122,6 +126,7 @@ def apply(
     traits = TraitHook.of(model, architecture, policy, special_tokens) if asked else None
     if traits is not None and "special" in asked:
         traits.check_special()
+    ranks = ranks_of(model, architecture, geometry)
     choose_backend(backend, model.device, geometry)
     room = Room(max_prompt, max_new_tokens)
     room.check(policy, geometry)
@@ -131,9 +136,14 @@ def apply(
         check_rotation(model, decoder, architecture, getattr(layers[0], architecture.attention))
     if wanted:
         check_forwards(layers)
+    if wanted == BACKGROUND and ranks.size > 1:
+        raise UsageError(
+            f"compile={BACKGROUND!r} compiles in a process that is none of the {ranks.size} ranks; compile=True does "
+            "it in each of them"
+        )
     compiler = _compiler(wanted)
     previous = (decoder.config._attn_implementation or "eager").removeprefix(PREFIX)
-    patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room, architecture)
+    patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room, architecture, ranks)
     warn_untested()
     if untested:
         _try(model, patch)

@@ -17,13 +17,14 @@ from transformers.cache_utils import Cache
 from kvpolicy.attention import Rotation
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
-from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
+from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan, on_rank
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.local_layer import LocalLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
 from kvpolicy.runtime.protocol import new_columns
+from kvpolicy.runtime.ranks import ALONE, Ranks, merged
 from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
 from kvpolicy.runtime.tail import Tail
@@ -40,9 +41,12 @@ class PolicyCache(Cache):
         backend: who computes attention in generated passes: "torch", "triton", or "auto", which is triton on a GPU
             where it can run. ``cache.backend`` says what was chosen, ``cache.backend_reason`` why.
         rotation: the model's, for ``positions: compact``; ``Rotation.none()`` for numbers that carry none.
+        ranks: the processes that share the model's KV heads. ``plan`` is the whole model's on each of them, and
+            ``cache.own`` the part that lies here.
 
     Raises:
-        UsageError: the policy says what this runtime cannot do yet, or triton was asked for where it cannot run.
+        UsageError: the policy says what this runtime cannot do yet, triton was asked for where it cannot run, or the
+            heads cannot be shared out evenly.
     """
 
     loan: Any = None  # a shelf's, where the cache came from one (runtime/shelf.py)
@@ -55,6 +59,7 @@ class PolicyCache(Cache):
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         rotation: Rotation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_supported(plan)
         compact = any(layer.compact for layer in plan.layers)
@@ -67,18 +72,19 @@ class PolicyCache(Cache):
         stored = TORCH_DTYPES[plan.geometry.dtype]
         if dtype is not None and dtype != stored:
             raise CacheError(f"this plan stores {plan.geometry.dtype}, the model computes in {dtype}; plan for {dtype}")
-        self.plan = plan
+        self.ranks = ranks
+        self.plan, self.own = plan, on_rank(plan, ranks.rank, ranks.size)
         self.device = torch.device(device)
         self.clocks = Clocks(plan, self.device)
         self.moment = Moment(rotation=self.rotation)
-        self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
+        self.backend, self.backend_reason = choose_backend(backend, self.device, self.own.geometry)
         self.governed: list[Any] = [
             (SplitLayer if layer.groups else PolicyLayer)(
-                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation
+                layer, self.own.geometry, self.clocks, self.moment, self.device, self.backend, rotation, ranks
             )
-            for layer in plan.layers
+            for layer in self.own.layers
         ]
-        self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in plan.local]
+        self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in self.own.local]
         super().__init__(layers=_in_order(plan, self.governed, self.local))
         self.tail = Tail()
         self._note_cadences()
@@ -349,19 +355,21 @@ class PolicyCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache's tensors hold: what the plan announced."""
+        """Bytes that the cache's tensors hold on this rank: what the plan announced."""
         tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
-        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty.
+        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty; of the KV heads here.
 
         Slots that KV heads share come last; there -1 also stands where a token is another head's.
         """
         return self.governed[layer_idx].positions()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, *, everywhere: bool = False) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
+
+        The KV heads are those of this rank; with ``everywhere``, which all ranks must then call, those of the model.
 
         ``pools`` maps a name to tokens ``resident`` (most in any row and head), ``peak`` (most held between updates),
         ``bound`` (the plan's), and in all ``seen``, ``evicted`` for good, and ``moved`` on to another pool.
@@ -371,7 +379,7 @@ class PolicyCache(Cache):
             for pool in part.plan.pools:
                 _count(part, pool, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
         resident = max(int((part.state.all_positions >= 0).sum(-1).max()) for part in self.parts())
-        return {
+        stats = {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
             "resident": resident,
@@ -380,6 +388,7 @@ class PolicyCache(Cache):
             "bytes": self.bytes,
             "passes": dict(self.passes),
         }
+        return merged(self.ranks.collect(stats)) if everywhere else stats
 
     def copy(self, repeats: int = 1) -> PolicyCache:
         """A cache of its own in the same state: fork a prompt that was read once, and let each copy go its own way.
@@ -416,9 +425,10 @@ class PolicyCache(Cache):
             turns=self.plan.turns + 1,
         )
         self.clocks.extend(plan)
-        for layer, sizes in zip((*self.governed, *self.local), (*plan.layers, *plan.local), strict=True):
+        own = on_rank(plan, self.ranks.rank, self.ranks.size)
+        for layer, sizes in zip((*self.governed, *self.local), (*own.layers, *own.local), strict=True):
             layer.replan(sizes)
-        self.plan = plan
+        self.plan, self.own = plan, own
         self._note_cadences()
 
 

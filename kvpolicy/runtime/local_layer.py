@@ -40,7 +40,7 @@ class LocalLayer(FixedLayer):
     def _adopt(self, plan: LocalPlan) -> None:
         self.plan, self.span = plan, plan.layer.span
         self.window = plan.layer.span if plan.layer.kind == SLIDING else None
-        self.dtype = TORCH_DTYPES[plan.buffers[0].dtype]
+        self.heads, self.dtype = plan.buffers[0].shape[1], TORCH_DTYPES[plan.buffers[0].dtype]
         self.tensors = {
             buffer.name: torch.zeros(buffer.shape, dtype=TORCH_DTYPES[buffer.dtype], device=self.device)
             for buffer in plan.buffers

@@ -21,6 +21,8 @@ class FixedLayer(CacheLayerMixin):
     is_sliding = False
     window: int | None = None  # what the model calls its sliding window; None where the whole text is in sight
     clocks: Clocks
+    heads: int
+    """KV heads that it caches."""
     dtype: torch.dtype
     """Of the numbers it attends with: the plan's, whatever its pools are stored in."""
     moment: Moment

@@ -39,7 +39,7 @@ def copied(cache: PolicyCache, repeats: int = 1) -> PolicyCache:
     if repeats > 1:
         lengths = {"prompt": plan.prompt, "max_new_tokens": plan.max_new_tokens, "turns": plan.turns}
         plan = make_plan(plan.policy, plan.geometry, batch=plan.batch * repeats, **lengths)
-    twin = type(cache)(plan, device=cache.device, backend=cache.backend, rotation=cache.rotation)
+    twin = type(cache)(plan, device=cache.device, backend=cache.backend, rotation=cache.rotation, ranks=cache.ranks)
     tensors = state_of(cache)
     if repeats > 1:
         tensors = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in tensors.items()}
@@ -54,6 +54,11 @@ def save_cache(cache: PolicyCache, path: str | Path) -> None:
         CacheError: a pass or a prompt turn is under way.
     """
     _check_settled(cache)
+    if cache.ranks.size > 1:
+        raise CacheError(
+            f"this cache holds the heads of one of {cache.ranks.size} ranks, and a file is read by a whole model; save "
+            "a cache of the model in one process"
+        )
     plan = cache.plan
     header = {
         "format": FORMAT,

@@ -16,6 +16,7 @@ from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import Moment
 from kvpolicy.runtime.protocol import FixedLayer
+from kvpolicy.runtime.ranks import ALONE, Ranks
 
 
 class SplitLayer(FixedLayer):
@@ -30,6 +31,7 @@ class SplitLayer(FixedLayer):
         device: Any,
         backend: str,
         rotation: Rotation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -40,10 +42,12 @@ class SplitLayer(FixedLayer):
         self.device = torch.device(device)
         self.is_initialized = True
         self.parts = [
-            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend, rotation)
+            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend, rotation, ranks)
             for group in plan.groups
         ]
-        self.kv_heads = [torch.tensor(group.members, device=self.device) for group in plan.groups]
+        self.heads = geometry.kv_heads
+        first = min(head for group in plan.groups for head in group.members)  # above 0 on all ranks but the first
+        self.kv_heads = [torch.tensor(group.members, device=self.device) - first for group in plan.groups]
         group = torch.arange(geometry.group, device=self.device)
         self.query_heads = [(heads[:, None] * geometry.group + group).flatten() for heads in self.kv_heads]
         self.in_order = torch.cat(self.query_heads).argsort()
