@@ -44,6 +44,7 @@ class Architecture:
     governs: config of the decoder -> the layers whose cache a policy may own; the policy numbers its layers over these.
     way_out: what to do about a config some of whose layers are not among them.
     image_token: what the base model's config calls the id that stands for an image's token; "" where it sees no images.
+    refused: why no policy can be applied to it; "" where one can.
     """
 
     model_types: tuple[str, ...]
@@ -55,11 +56,12 @@ class Architecture:
     governs: Callable[[Any], tuple[int, ...]] = full_attention
     way_out: str = ""
     image_token: str = ""
+    refused: str = ""
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every supported architecture by `model_type`, shipped ones first.
+    """Every architecture that can be patched by `model_type`, shipped ones first.
 
     Raises:
         ModelError: two files claim one model type, or a file or plug-in cannot be read; both owners are named.
@@ -73,7 +75,7 @@ def architectures() -> dict[str, Architecture]:
             if model_type in found:
                 raise ModelError(f"two architectures claim model type '{model_type}': {owners[model_type]} and {owner}")
             found[model_type], owners[model_type] = architecture, owner
-    return found
+    return {model_type: architecture for model_type, architecture in found.items() if not architecture.refused}
 
 
 @cache
@@ -85,15 +87,28 @@ def families() -> dict[str, Architecture]:
     return {**shipped, **others}
 
 
+def refuse(model_type: str) -> None:
+    """Refuse models of a type that is known to have no place for a policy.
+
+    Raises:
+        ModelError: it is, and why.
+    """
+    for architecture in families().values():
+        if architecture.refused and model_type in architecture.model_types:
+            raise ModelError(f"no policy can be applied to models of type '{model_type}': {architecture.refused}")
+
+
 def architecture_of(model_type: str) -> Architecture:
     """The architecture of a `config.model_type`.
 
     Raises:
-        ModelError: no file in `patches/` and no plug-in states it; the supported ones are named.
+        ModelError: no file in `patches/` and no plug-in states it, and the supported ones are named; or it has no place
+            for a policy.
     """
     known = architectures()
     if model_type in known:
         return known[model_type]
+    refuse(model_type)
     raise ModelError(
         f"kvpolicy does not know models of type '{model_type}'; it knows {', '.join(sorted(known))}. To try this one "
         "all the same, untested: --generic, or kvpolicy.apply(…, generic=True). A new family is one file in patches/, "
