@@ -5,5 +5,4 @@ from kvpolicy.architecture import Architecture
 ARCHITECTURE = Architecture(
     model_types=("mixtral",),
     covers="Mixtral 8x7B, 8x22B",
-    way_out="load it with sliding_window=None",
 )

@@ -6,5 +6,4 @@ from kvpolicy.architecture import Architecture
 ARCHITECTURE = Architecture(
     model_types=("phi3",),
     covers="Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini and reasoning; some releases have a sliding window",
-    way_out="load it with sliding_window=None (the same model up to the window's length)",
 )

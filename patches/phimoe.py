@@ -5,5 +5,4 @@ from kvpolicy.architecture import Architecture
 ARCHITECTURE = Architecture(
     model_types=("phimoe",),
     covers="Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE",
-    way_out="load it with sliding_window=None",
 )

@@ -5,5 +5,4 @@ from kvpolicy.architecture import Architecture
 ARCHITECTURE = Architecture(
     model_types=("qwen3_moe",),
     covers="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
-    way_out="load it with sliding_window=None",
 )

@@ -5,5 +5,4 @@ from kvpolicy.architecture import Architecture
 ARCHITECTURE = Architecture(
     model_types=("starcoder2",),
     covers="StarCoder2 3B, 7B, 15B",
-    way_out="load it with sliding_window=None (the same model up to the window's length)",
 )

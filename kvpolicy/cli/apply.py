@@ -22,9 +22,12 @@ from kvpolicy.cli.page import mib
 from kvpolicy.cli.picture import strip
 from kvpolicy.errors import UntestedWarning, UsageError
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.models.processes import processes
 
 if TYPE_CHECKING:
     from kvpolicy.lab.running import Outcome, Request
+
+TOGETHER = True
 
 EPILOG = (
     "Examples: kvpolicy apply raas --set budget=200; kvpolicy apply scope-slide builtin:smollm2 -f story.txt --set "
@@ -71,16 +74,20 @@ def run(
     from kvpolicy.models import load_model
     from kvpolicy.patching import applied
 
+    here = processes()
     request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense, generic)
     with output.busy(f"loading {model}"):
-        loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
-    output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device)))}[/]")
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=dtype, shard=True, notify=lambda line: output.note(escape(line))
+        )
+    output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device), here.count))}[/]")
     write = writer(json)
     silent = warnings.catch_warnings(action="ignore", category=UntestedWarning)  # `warn` says it
     with asked_to_stop() as stop, silent:
         outcome = run_policy(
-            loaded, tokenizer, model, policy, request, write=write, stop=stop, tell=partial(progress, json)
-        )
+            loaded, tokenizer, model, policy, request, write=write, stop=lambda: here.any(stop()),
+            tell=partial(progress, json),
+        )  # fmt: skip
     write("\n")
     if save is not None:
         with (
@@ -88,7 +95,8 @@ def run(
             applied(loaded, policy, generic=generic),
         ):
             loaded.save_pretrained(save)
-            tokenizer.save_pretrained(save)
+            if here.first:
+                tokenizer.save_pretrained(save)
         output.note(f"saved to {escape(str(save))}; kvpolicy.from_pretrained brings model and policy back")
     if json:
         output.json_object(outcome.to_dict())
@@ -148,7 +156,7 @@ def _check_folder(save: Path | None) -> None:
     try:
         save.mkdir(parents=True, exist_ok=True)
         (save / ".kvpolicy").touch()
-        (save / ".kvpolicy").unlink()
+        (save / ".kvpolicy").unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot save to {save}: {error.strerror}") from None
 
@@ -160,12 +168,15 @@ def progress(json: bool, line: str) -> None:
     output.note(f"[dim]{escape(line)}[/]")
 
 
-def introduction(policy: Policy, model: str, request: Request, device: str) -> str:
+def introduction(policy: Policy, model: str, request: Request, device: str, ranks: int) -> str:
     """What is about to run, and whether it is compiled and why."""
-    compiled, why = request.compiles(device)
+    compiled, why = request.compiles(device, ranks)
     waits = "so the first steps take a while" if compiled is True else "and tokens come eagerly until then"
     how = f"compiled ({why}), {waits}" if compiled else f"not compiled ({why})"
-    return f"{policy.name} under {model} on {device}, {how}"
+    where = (
+        device if ranks == 1 else f"{ranks} processes, each with {device.partition(':')[0]} and its part of the heads"
+    )
+    return f"{policy.name} under {model} on {where}, {how}"
 
 
 @contextmanager
@@ -231,11 +242,12 @@ def account(outcome: Outcome) -> Iterator[tuple[str, str]]:
             f"kvpolicy does not know models of type {outcome.untested_type}; its layers were found by their structure",
         )
     planned = "as planned" if outcome.cache_bytes == outcome.planned_cache_bytes else "NOT as planned"
+    each = f" in each of {outcome.ranks} processes" if outcome.ranks > 1 else ""
     saved = 1 - outcome.cache_bytes / max(1, outcome.dense_cache_bytes)
     share = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
     yield (
         "cache",
-        f"{mib(outcome.cache_bytes)}, {planned}; the full cache takes {mib(outcome.dense_cache_bytes)}: {share}",
+        f"{mib(outcome.cache_bytes)}{each}, {planned}; the full cache takes {mib(outcome.dense_cache_bytes)}: {share}",
     )
     kept = f"at most {outcome.resident_peak:,} tokens after an update (bound {outcome.resident_bound:,})"
     yield "resident", f"{kept}, {outcome.held_peak:,} during a step ({outcome.slots:,} slots)"

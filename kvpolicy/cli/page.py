@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from kvpolicy.cli import picture
 from kvpolicy.cli.words import costs, plural, pool_answers
-from kvpolicy.plan import Plan
+from kvpolicy.plan import Plan, gathered
 from kvpolicy.plan.timeline import PoolTimeline
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def page(explained: Explained) -> Iterator[str]:
     yield from _others(explained)
     yield ""
     yield from _memory(explained.plan)
+    yield from _shares(explained)
 
 
 def _title(explained: Explained) -> Iterator[str]:
@@ -167,6 +168,19 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"{_beside_slots(plan)}.",
         "  ",
     )
+
+
+def _shares(explained: Explained) -> Iterator[str]:
+    """What each of several ranks holds, and what they tell one another."""
+    if not explained.shares:
+        return
+    alike = len(set(explained.shares)) == 1
+    held = mib(explained.shares[0]) if alike else ", ".join(map(mib, explained.shares))
+    step, prompt = gathered(explained.plan)
+    told = [f"{mib(step)} at each update of a step"] if step else []
+    told += [f"{mib(prompt)} at the end of a prompt"] if prompt else []
+    put = f"they gather {' and '.join(told)}, all layers together" if told else "no scores pass between them"
+    yield from wrapped(f"Each of {len(explained.shares)} ranks holds {held}; {put}.", "  ")
 
 
 def _beside_slots(plan: Plan) -> str:

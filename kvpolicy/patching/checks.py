@@ -26,7 +26,7 @@ def check_model(model: Any, find: Callable[[Any], Architecture] | None = None) -
         ModelError: its architecture, its layers or where its weights lie are not supported.
     """
     if not isinstance(model, PreTrainedModel):
-        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") or hasattr(model, "get_base_model") else ""
+        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") else ""
         raise UsageError(f"kvpolicy.apply takes a transformers model, not a {type(model).__name__}{wrapped}")
     if any(_is_patched(module) for module in model.modules()):
         raise UsageError("this model carries a policy already; call kvpolicy.remove(model) first")
@@ -83,8 +83,6 @@ def _check_devices(model: PreTrainedModel) -> None:
             f"this model is spread over {', '.join(sorted(places))}, and a policy's cache lies on one device; load it "
             "with device_map={'': 0}"
         )
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ModelError("this model runs tensor-parallel, which kvpolicy cannot patch yet; load it without tp_plan")
 
 
 def _check_layers(model: Any, architecture: Architecture) -> None:
@@ -109,13 +107,6 @@ def _check_layers(model: Any, architecture: Architecture) -> None:
             )
     if not model._supports_attention_backend:
         raise ModelError(f"{name} does not call its attention through transformers' attention interface")
-    left_out = sorted(set(range(len(layers))) - set(architecture.governs(config)))
-    if left_out:
-        which = "all layers" if len(left_out) == len(layers) else f"layers {', '.join(map(str, left_out))}"
-        raise ModelError(
-            f"{which} of this {config.model_type} model attend through a sliding window of "
-            f"{getattr(config, 'sliding_window', None)} tokens, which no policy can govern yet; {architecture.way_out}"
-        )
 
 
 def _passes_keywords(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from kvpolicy.errors import ModelError
-from kvpolicy.plan import LayerPlan
+from kvpolicy.plan import LayerPlan, LocalPlan
 from kvpolicy.runtime.artefacts import artefacts_kept
-from kvpolicy.runtime.unchanged import Unchanged
+from kvpolicy.runtime.tracing import TRACING
+from kvpolicy.runtime.unchanged import Unchanged, made_of
 
 CAPTURE = "transformers.utils.output_capturing"
 
@@ -55,10 +56,10 @@ class StepCompiler:
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self._steps: dict[Hashable, CompiledStep] = {}
-        self._shapes: dict[LayerPlan, int] = {}
+        self._shapes: dict[LayerPlan | LocalPlan, int] = {}
         self._numbers = itertools.count()  # its `next` is one operation: two threads never get the same number
         self._making = threading.Lock()
-        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan, int]] = weakref.WeakKeyDictionary()
+        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan | LocalPlan, int]] = weakref.WeakKeyDictionary()
         self._forms: dict[Hashable, int] = {}
         self._form_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -75,20 +76,21 @@ class StepCompiler:
     settled = True
     """Whether nothing that is now eager will be compiled later."""
 
-    def ready(self, layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor) -> bool:
+    def ready(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether this pass may be compiled: at once."""
         return True
 
     def close(self) -> None:
         """The policy came off."""
 
-    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor) -> CompiledStep:
-        """The compiled object for this layer and this pass.
+    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor, make: Hashable = None) -> CompiledStep:
+        """The compiled object for this layer and this pass; ``make``: what the layer is made of (`made_of`).
 
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
         """
         key = (
             self._form(layer),
+            make,
             self._shape(kv_layer),
             kv_layer.moment.kind,
             kv_layer.backend,
@@ -155,23 +157,25 @@ class CompiledStep:
         function = types.FunctionType(code, decoder_step.__globals__, name)
         self.direct: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] | None = None
         self._code = code
-        self._first, self._ran = threading.Lock(), False
+        self._ran = False
         entry = _Entry(weakref.ref(self))
         self._compiled = torch.compile(function, backend=entry, fullgraph=True, dynamic=False, **_LIMIT)
         weakref.finalize(self, entry.leave).atexit = False
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
         if not self._ran:
-            with self._first:  # a thread that comes while another compiles takes what that has made
-                if not self._ran:
+            with TRACING.trace():
+                if not self._ran:  # unless another thread was first
                     return self._run_first(layer, hidden_states, arguments)
-        return self._run(layer, hidden_states, arguments)
+        with TRACING.run():
+            return self._run(layer, hidden_states, arguments)
 
     def _run_first(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The call that compiles."""
         before = sum(counters["graph_break"].values())
         try:
-            with _without_capture(layer):
-                result = self._run(layer, hidden_states, arguments)
+            with _without_capture(arguments[0]):
+                result = self._run(*arguments)
             self.direct = _without_guards(self._code)
             self._ran = True
             return result
@@ -256,6 +260,16 @@ def _without_capture(layer: nn.Module) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a layer while it stays what it was: what it is made of, and the steps whose guards have held
+    since. Frozen, and so replaced as a whole: threads share it."""
+
+    snapshot: Unchanged
+    make: Hashable
+    held: frozenset[CompiledStep]
+
+
 class CompiledForward:
     """Stands in for `forward` on one decoder layer: compiled for generated steps over a policy's cache, else as before.
 
@@ -264,7 +278,7 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
         self.layer, self.compiler = layer, compiler
-        self._known: tuple[Unchanged, set[CompiledStep]] | None = None  # the steps whose guards have held since then
+        self._known: Known | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layer": self.layer, "compiler": self.compiler, "_known": None}
@@ -272,23 +286,28 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
         if kv_layer is None or kv_layer.moment.kind == "prompt":
-            return type(self.layer).forward(self.layer, *args, **kwargs)
+            return self._eager(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        if not self.compiler.ready(self.layer, kv_layer, hidden_states, kwargs["position_embeddings"][0]):
-            return type(self.layer).forward(self.layer, *args, **kwargs)
-        rows = hidden_states.shape[0]
-        step = self.compiler.step(self.layer, kv_layer, hidden_states)
-        hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
-        known = self._known  # another thread may put a new one in its place meanwhile
-        if known is not None and not known[0].still():
+        if not self.compiler.ready(self.layer, hidden_states, kwargs):
+            return self._eager(*args, **kwargs)
+        known = self._known
+        if known is not None and not known.snapshot.still():
             known = None
-        if known is not None and step in known[1] and step.direct is not None:
-            return step.direct(self.layer, hidden_states, arguments)
+        make = made_of(self.layer) if known is None else known.make
+        rows = hidden_states.shape[0]
+        step = self.compiler.step(self.layer, kv_layer, hidden_states, make)
+        hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
+        if known is not None and step in known.held and step.direct is not None:
+            with TRACING.run():
+                return step.direct(self.layer, hidden_states, arguments)
         result = step(self.layer, hidden_states, arguments)
-        if known is None:
-            self._known = known = (Unchanged(self.layer), set())
-        known[1].add(step)
+        known = known or Known(Unchanged(self.layer), make, frozenset())
+        self._known = replace(known, held=known.held | {step})
         return result
+
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        with TRACING.run():
+            return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
 def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -296,13 +315,12 @@ def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
     `position_ids` are dropped: a decoder layer reads the rotation only, and a caller may leave them out.
     """
-    cos, sin = kwargs["position_embeddings"]
-    return {
-        "attention_mask": None,
-        "position_embeddings": (_canonical(cos, rows), _canonical(sin, rows)),
-        "past_key_values": None,
-        "kv_layer": kwargs["kv_layer"],
-    }
+    turned = kwargs["position_embeddings"]  # cos and sin; of Llama 4 one complex tensor
+    angles = (
+        _canonical(turned, rows) if isinstance(turned, Tensor) else tuple(_canonical(each, rows) for each in turned)
+    )
+    ours = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
+    return {"attention_mask": None, "position_embeddings": angles, "past_key_values": None, **ours}
 
 
 def _canonical(tensor: Tensor, rows: int) -> Tensor:

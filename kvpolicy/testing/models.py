@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -33,7 +34,29 @@ SEEING: dict[str, Any] = {
     "vision_end_token_id": 96,
 }
 
+NEAR = ("sliding_attention", "full_attention")
+
 OWN: dict[str, dict[str, Any]] = {
+    "cohere2": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
+    "exaone4": {"decoder": {"sliding_window": 8, "sliding_window_pattern": 2}, "kinds": NEAR},
+    "gemma2": {
+        "decoder": {"sliding_window": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0},
+        "kinds": NEAR,
+    },
+    "gemma3_text": {"decoder": {"sliding_window": 8, "query_pre_attn_scalar": 8}, "kinds": NEAR},
+    "gpt_oss": {"decoder": {"sliding_window": 8, **EXPERTS}, "kinds": NEAR},
+    "llama4_text": {
+        "decoder": {
+            "attention_chunk_size": 8,
+            "no_rope_layer_interval": 2,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+        },
+        "kinds": ("chunked_attention", "full_attention"),
+    },
+    "ministral": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
+    "olmo3": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
     "cohere": {"decoder": {"logit_scale": 1.0, "use_qk_norm": True}},
     "ernie4_5_moe": {  # the first layer is dense
         "decoder": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1}
@@ -119,6 +142,9 @@ def random_model(
     }
     own = OWN.get(model_type, {})
     shape = {**small, **own.get("decoder", {}), **changes}
+    if "kinds" in own:
+        kinds = cycle(own["kinds"])
+        shape.setdefault("layer_types", [next(kinds) for _ in range(shape["num_hidden_layers"])])
     torch.manual_seed(seed)
     if "vision_config" in own:
         beside = {key: value for key, value in own.items() if key != "decoder"}
