@@ -73,7 +73,8 @@ def families() -> str:
     rows = ["| family | model types | covers |", "| --- | --- | --- |"]
     for name, family in sorted(shipped_families().items()):
         types = ", ".join(f"`{model_type}`" for model_type in family.model_types)
-        rows.append(f"| [{name}](patches/{name}.py) | {types} | {family.covers} |")
+        covers = f"{family.covers}: refused, {family.refused}" if family.refused else family.covers
+        rows.append(f"| [{name}](patches/{name}.py) | {types} | {covers} |")
     return "\n".join(rows)
 
 
