@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 from transformers.utils import logging
 
 import kvpolicy
@@ -20,6 +19,7 @@ from kvpolicy.attention import Rotation
 from kvpolicy.cli.main import main
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.language import Policy, loads_policy
+from kvpolicy.models.load import sharding
 from kvpolicy.patching import cache_for, compile_report, patch_of
 from kvpolicy.plan import ModelGeometry, make_plan
 from kvpolicy.runtime import PolicyCache, decode_loop
@@ -38,6 +38,16 @@ def model(kv_heads=4, heads=8):
         pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def olmo():
+    """One of a family that normalises queries and keys over all heads."""
+    torch.manual_seed(0)
+    config = Olmo2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return Olmo2ForCausalLM(config).eval()
 
 
 def prompts():
@@ -140,9 +150,19 @@ def command(arguments):
     return [code, said.getvalue()]
 
 
+def gathered(path, policy):
+    """The heads that each rank caches of a family whose plan gathers queries and keys, and what its model writes."""
+    whole = sharded(path)
+    with kvpolicy.applied(whole, policy):
+        cache = cache_for(whole, prompt=PROMPT, max_new_tokens=STEPS, batch=ROWS)
+        ids = prompts()[0]
+        text = whole.generate(ids, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+    return [cache.layers[0].heads, cache.ranks.size, text.tolist()]
+
+
 def sharded(path):
     """The model in a folder, as transformers shards it over all ranks."""
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto")).eval()
+    return AutoModelForCausalLM.from_pretrained(path, **sharding()).eval()
 
 
 def run(folder):
@@ -155,6 +175,7 @@ def run(folder):
     ranks = Ranks.of(dist.group.WORLD)
     done = {
         "heads": list(ranks.heads(GEOMETRY.kv_heads)),
+        "gathered": [gathered(folder / "olmo", policies[name]) for name in job.get("gathered", ())],
         "follow": {name: follow(shared, policies[name], **how) for name, how in job.get("follow", {}).items()},
         "numbers": {name: follow_numbers(policies[name], ranks) for name in job.get("numbers", ())},
         "generate": {name: generate(shared, policies[name]) for name in job.get("generate", ())},
