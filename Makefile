@@ -14,7 +14,7 @@ WORKERS ?= 2
 test test-offline test-all fuzz: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-offline test-all fuzz check clean
+.PHONY: help demo test test-offline test-all fuzz matrix check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,10 +45,15 @@ fuzz: $(VENV)/.dev ## search for counter-examples (CASES=20000 TEXTS=200000 SEED
 	$(VENV)/bin/python -m kvpolicy.lab.fuzz --cases $(CASES) --texts $(TEXTS) --seed $(SEED) --workers $(WORKERS)
 	$(VENV)/bin/python -m tests.mutation.check
 
+# An environment for each pair of versions under build/matrix, made once. Of torch, pip takes what it takes anywhere: on
+# Linux a build with CUDA, some gigabytes, unless its own settings name a folder with one for the CPU.
+matrix: ## test the oldest and newest transformers and torch, and record it (TRANSFORMERS="5.1.0 5.2.0" TORCH=2.13.0)
+	$(PYTHON) -m tests.matrix.run $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS)) $(if $(TORCH),--torch $(TORCH))
+
 check: $(VENV)/.dev ## lint, formatting, and types of the installed wheel
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	rm -rf build && mkdir -p build/check/wheel
+	rm -rf build/check build/lib build/bdist.* && mkdir -p build/check/wheel
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir build/check/wheel .
 	$(PIP) install --quiet --no-deps --target build/check/site build/check/wheel/*.whl
 	cd build/check && MYPYPATH=site $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kvpolicy

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kvpolicy"
 
 ORDER = (  # each imports only from its left
-    "errors", "language", "plan", "oracle", "attention", "scorers", "runtime", "architecture", "patching", "models",
-    "testing", "lab", "cli",
+    "errors", "language", "plan", "oracle", "attention", "scorers", "runtime", "architecture", "versions", "patching",
+    "models", "testing", "lab", "cli",
 )  # fmt: skip
-WITHOUT_TORCH = ("errors", "language", "plan", "oracle", "architecture")
+WITHOUT_TORCH = ("errors", "language", "plan", "oracle", "architecture", "versions")
 HEAVY = ("torch", "transformers")
 
 

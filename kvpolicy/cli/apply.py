@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json, Model, PromptFile, PromptText, Settings, Spec, parse_settings
 from kvpolicy.cli.page import mib
 from kvpolicy.cli.picture import strip
-from kvpolicy.errors import UsageError
+from kvpolicy.errors import UntestedWarning, UsageError
 from kvpolicy.language import Policy, load_policy
 from kvpolicy.models.processes import processes
 
@@ -48,6 +49,9 @@ def run(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Let the full cache read along, and compare at every token.")
     ] = False,
+    generic: Annotated[
+        bool, typer.Option("--generic", help="Try a model of a type that kvpolicy does not know, untested.")
+    ] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Save model, tokenizer and policy to a folder.")] = None,
     must_evict: Annotated[
         bool, typer.Option("--must-evict", help="Exit with 1 if the policy evicts nothing or exceeds its bound.")
@@ -71,21 +75,25 @@ def run(
     from kvpolicy.patching import applied
 
     here = processes()
-    request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense)
+    request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense, generic)
     with output.busy(f"loading {model}"):
         loaded, tokenizer = load_model(
             model, device=device, dtype=dtype, shard=True, notify=lambda line: output.note(escape(line))
         )
     output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device), here.count))}[/]")
     write = writer(json)
-    with asked_to_stop() as stop:
+    silent = warnings.catch_warnings(action="ignore", category=UntestedWarning)  # `warn` says it
+    with asked_to_stop() as stop, silent:
         outcome = run_policy(
             loaded, tokenizer, model, policy, request, write=write, stop=lambda: here.any(stop()),
             tell=partial(progress, json),
         )  # fmt: skip
     write("\n")
     if save is not None:
-        with applied(loaded, policy):
+        with (
+            warnings.catch_warnings(action="ignore", category=UntestedWarning),
+            applied(loaded, policy, generic=generic),
+        ):
             loaded.save_pretrained(save)
             if here.first:
                 tokenizer.save_pretrained(save)
@@ -228,6 +236,11 @@ def account(outcome: Outcome) -> Iterator[tuple[str, str]]:
     ended = {"text": "the text ended there", "length": "as many as asked for", "interrupted": "interrupted"}
     asked = "" if outcome.ended == "length" else f" of {outcome.max_new_tokens:,}"
     yield "tokens", f"{outcome.prompt_tokens:,} prompt, {outcome.new_tokens:,}{asked} new ({ended[outcome.ended]})"
+    if outcome.untested_type is not None:
+        yield (
+            "untested",
+            f"kvpolicy does not know models of type {outcome.untested_type}; its layers were found by their structure",
+        )
     planned = "as planned" if outcome.cache_bytes == outcome.planned_cache_bytes else "NOT as planned"
     each = f" in each of {outcome.ranks} processes" if outcome.ranks > 1 else ""
     saved = 1 - outcome.cache_bytes / max(1, outcome.dense_cache_bytes)
@@ -263,7 +276,14 @@ def agreement_words(agreement: dict[str, Any]) -> str:
 
 
 def warn(outcome: Outcome) -> None:
-    """Say loudly that nothing was evicted, also where remarks are off: the run then says nothing about the policy."""
+    """Say loudly what the run says nothing about, also where remarks are off: a model of a type that nobody tested, or
+    a policy that evicted nothing."""
+    if outcome.untested_type is not None:
+        output.stderr().print(
+            f"[bold yellow]UNTESTED:[/] kvpolicy does not know models of type {escape(outcome.untested_type)}. It "
+            "found the layers by their structure, and over a few tokens, all kept, they gave the model's own logits.",
+            soft_wrap=True,
+        )
     if outcome.evicted or not outcome.can_evict:
         return
     numbers = " ".join(f"{name}={value}" for name, value in outcome.params.items())

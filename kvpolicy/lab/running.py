@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 import kvpolicy
+from kvpolicy.architecture import architectures
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab.fidelity import Referee
 from kvpolicy.lab.watching import StopWhen, Watch, Write
@@ -29,7 +30,7 @@ from kvpolicy.runtime import DecodeLoop, PolicyCache
 @dataclass(frozen=True)
 class Request:
     """What to run. ``compile`` as ``kvpolicy.apply`` takes it, None: on CUDA only, while tokens already come.
-    ``temperature`` 0: greedy. ``top_p`` needs a temperature."""
+    ``temperature`` 0: greedy. ``top_p`` needs a temperature. ``generic`` as ``apply`` takes it."""
 
     prompt: str
     max_new_tokens: int = 256
@@ -39,11 +40,15 @@ class Request:
     top_p: float | None = None
     seed: int = 0
     compare_dense: bool = False
+    generic: bool = False
 
-    def compiles(self, device: str, ranks: int = 1) -> tuple[bool | str, str]:
-        """Whether steps are compiled on this device, or in which way, and why; ``ranks`` share the model."""
+    def compiles(self, device: str, known: bool = True, ranks: int = 1) -> tuple[bool | str, str]:
+        """Whether steps are compiled on this device, or in which way, and why; ``known``: of the model's family;
+        ``ranks`` share the model."""
         if self.compile is not None:
             return self.compile, "as asked"
+        if not known:
+            return False, "nobody tested models of this type; --compile forces it"
         if device.startswith("cuda") and ranks > 1:
             return True, "as on every GPU; --no-compile does without"
         if device.startswith("cuda"):
@@ -58,8 +63,9 @@ class Outcome:
     Tokens are the most of any layer, row and KV head: ``resident_peak`` after an update, where the plan allows
     ``resident_bound``; ``held_peak`` in the middle of a step, where there are ``slots``. ``evicted`` is summed over all
     layers and KV heads. ``residents`` are (t, tokens) after updates. ``tokens_per_second`` leaves the prompt and the
-    compilation of steps out. ``ended`` is "text", "length" or "interrupted". Where several ``ranks`` share the model,
-    counts are those of the whole model, and bytes those of one rank, the fullest.
+    compilation of steps out. ``ended`` is "text", "length" or "interrupted". ``untested_type`` is the model's, where
+    kvpolicy does not know it. Where several ``ranks`` share the model, counts are those of the whole model, and bytes
+    those of one rank, the fullest.
     """
 
     policy: str
@@ -96,6 +102,7 @@ class Outcome:
     device: str
     ranks: int = 1
     agreement: dict[str, Any] | None = None
+    untested_type: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,11 +153,12 @@ def run_policy(
     """
     ids = encode(tokenizer, request).to(model.device)
     plan = plan_for(model, policy, ids.shape[1], request.max_new_tokens)
+    known = model.config.model_type in architectures()
+    ranks = getattr(model, "_tp_size", None) or 1
+    compiled, reason = request.compiles(str(model.device), known, ranks)
     options = sampling(request, tokenizer)
     torch.manual_seed(request.seed)
-    ranks = getattr(model, "_tp_size", None) or 1
-    compiled, reason = request.compiles(str(model.device), ranks)
-    with applied(model, policy, compile=compiled, special_tokens=tokenizer):
+    with applied(model, policy, compile=compiled, special_tokens=tokenizer, generic=request.generic):
         compiler = patch_of(model).compiler
         if isinstance(compiler, BackgroundCompiler):
             compiler.notify = tell
@@ -183,6 +191,7 @@ def run_policy(
         digest=policy.digest,
         params={name: param.value.text for name, param in policy.params.items()},
         model=name,
+        untested_type=None if known else str(model.config.model_type),
         new_tokens=len(watch.tokens),
         text=tokenizer.decode(watch.tokens, skip_special_tokens=True),
         token_ids=watch.tokens,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
 
@@ -19,27 +18,29 @@ class Journal:
     """Changes to one model, undone in reverse order.
 
     It lives on the model, so that pickle and deepcopy carry it along; each change knows the value before and the
-    value it put there, and is undone only where that value still stands: what others changed since is theirs.
+    value it put there, and is undone only where that value still stands: what others changed since is theirs. It is
+    noted before it is made, so that whatever interrupts it finds it here.
     """
 
     def __init__(self) -> None:
         self._attributes: list[tuple[Any, str, Any, Any]] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of this instance (never of its class)."""
-        before = owner.__dict__.get(name, Missing)
+        self._attributes.append((owner, name, owner.__dict__.get(name, Missing), value))
         setattr(owner, name, value)
-        self._attributes.append((owner, name, before, value))
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Register a forward pre-hook that sees keyword arguments."""
-        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooks.append((module, hook))
+        module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Register a forward hook that sees keyword arguments."""
-        self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._hooks.append((module, hook))
+        module.register_forward_hook(hook, with_kwargs=True)
 
     def own_configs(self, model: nn.Module) -> None:
         """Give a model its own copy of every config that its modules hold.
@@ -59,7 +60,7 @@ class Journal:
     def undo(self) -> None:
         """Take everything back; a second call does nothing."""
         while self._hooks:
-            self._hooks.pop().remove()
+            _take_off(*self._hooks.pop())
         while self._attributes:
             owner, name, before, value = self._attributes.pop()
             if owner.__dict__.get(name, Missing) is not value:
@@ -70,6 +71,15 @@ class Journal:
                 setattr(owner, name, before)
         while self._configs:
             _carry_over(*self._configs.pop())
+
+
+def _take_off(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove a hook, this very object, from wherever torch keeps a module's forward hooks and notes about them."""
+    lists = [value for name, value in vars(module).items() if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
+    gone = [key for each in lists for key, value in each.items() if value is hook]
+    for key in gone:
+        for each in lists:
+            each.pop(key, None)
 
 
 def _carry_over(original: PreTrainedConfig, own: PreTrainedConfig, snapshot: dict[str, Any]) -> None:

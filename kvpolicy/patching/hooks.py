@@ -6,6 +6,7 @@ All are instances of module-level classes and hold no closure, so a patched mode
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,19 +82,31 @@ class ModelHook:
         if given.get("output_attentions"):
             raise ModelError("no attention maps exist under a policy's cache; drop output_attentions=True")
         if model.training and getattr(model, "gradient_checkpointing", False):
-            raise ModelError("gradient checkpointing runs layers twice, which a cache cannot undo; call model.eval()")
+            raise ModelError(
+                "gradient checkpointing runs layers without a cache while the model trains; call model.eval(), or "
+                "model.gradient_checkpointing_disable(), before a pass over a policy's cache"
+            )
+        stored, computed = cache.plan.geometry.dtype, str(model.dtype).removeprefix("torch.")
+        if stored != computed:
+            raise CacheError(
+                f"this cache stores {stored}, and the model has been cast to {computed} since it was made; make a new "
+                "one with kvpolicy.cache_for(model)"
+            )
 
 
-def close_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """After the decoder ran: a pass that nobody opens again fails from here on, instead of running on old clocks."""
+def close_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After the decoder ran: a pass that nobody opens again fails from here on, instead of running on old clocks.
+
+    Where rows end in padding, their last token's output stands in the columns of it (`Tail`).
+    """
     cache = by_name(model, args, kwargs).get("past_key_values")
-    if isinstance(cache, PolicyCache):
-        _close(cache)
+    return _close(cache, output) if isinstance(cache, PolicyCache) else None
 
 
 @torch.compiler.disable
-def _close(cache: PolicyCache) -> None:
+def _close(cache: PolicyCache, output: Any) -> Any:
     cache.finish()
+    return cache.tail.close(output)
 
 
 def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -108,9 +121,11 @@ class LayerHook:
 
     The attention then skips `Cache.update`, and `kv_layer` reaches the attention function through the keywords that
     every module on the way passes on. Nothing reads `layer_idx`, so layers of equal shape can share one graph.
+    `temperature` is the architecture's.
     """
 
     index: int
+    temperature: Callable[[Any, Any], Any] | None = None
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,8 +134,11 @@ class LayerHook:
         if not isinstance(cache, PolicyCache):
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad:
+        if hidden.requires_grad and torch.is_grad_enabled():  # the caller's own embeddings may be a parameter
             raise CacheError(
                 "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
             )
-        return args, {**kwargs, "past_key_values": None, "kv_layer": cache.layers[self.index]}
+        handed = {"past_key_values": None, "kv_layer": cache.layers[self.index]}
+        if self.temperature is not None:
+            handed["kv_temperature"] = self.temperature
+        return args, {**kwargs, **handed}

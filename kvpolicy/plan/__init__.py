@@ -2,11 +2,13 @@
 
 from kvpolicy.plan.build import make_plan
 from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
+from kvpolicy.plan.layer_kinds import LocalLayer
 from kvpolicy.plan.sharding import gathered, on_rank, uneven
 from kvpolicy.plan.signals import layer_needs, needs, reads_bounds, scoring_leaves
 from kvpolicy.plan.structure import (
     Buffer,
     LayerPlan,
+    LocalPlan,
     Plan,
     PoolPlan,
     ReadPlan,
@@ -20,6 +22,8 @@ __all__ = [
     "DTYPE_BYTES",
     "Buffer",
     "LayerPlan",
+    "LocalLayer",
+    "LocalPlan",
     "ModelGeometry",
     "Plan",
     "PoolPlan",

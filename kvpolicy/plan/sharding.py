@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvpolicy.errors import UsageError
-from kvpolicy.plan.buffers import layer_buffers
+from kvpolicy.plan.buffers import layer_buffers, local_plans
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.structure import Buffer, LayerPlan, Plan, PoolPlan
 
@@ -26,7 +26,9 @@ def on_rank(plan: Plan, rank: int, ranks: int) -> Plan:
     count = geometry.kv_heads // ranks
     heads = range(rank * count, (rank + 1) * count)
     layers = tuple(_layer(layer, geometry, heads, plan.batch) for layer in plan.layers)
-    return replace(plan, geometry=geometry.of_heads(count), layers=layers)
+    own = geometry.of_heads(count)
+    local = local_plans(own, plan.batch, plan.prompt[1] + plan.max_new_tokens)
+    return replace(plan, geometry=own, layers=layers, local=local)
 
 
 def uneven(geometry: ModelGeometry, ranks: int) -> str:

@@ -6,7 +6,8 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,19 @@ from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan, on_rank
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.local_layer import LocalLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
+from kvpolicy.runtime.protocol import new_columns
 from kvpolicy.runtime.ranks import ALONE, Ranks, merged
+from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
+from kvpolicy.runtime.tail import Tail
 
 
 class PolicyCache(Cache):
     """Fixed slots for every layer, filled and emptied as the plan's policy says.
+
+    ``layers`` are the model's, in its order; ``governed`` those that the policy governs, in its own.
 
     Args:
         plan: what ``make_plan`` made of a policy, a model's geometry and the lengths to come.
@@ -69,15 +76,17 @@ class PolicyCache(Cache):
         self.plan, self.own = plan, on_rank(plan, ranks.rank, ranks.size)
         self.device = torch.device(device)
         self.clocks = Clocks(plan, self.device)
-        self.moment = Moment()
+        self.moment = Moment(rotation=self.rotation)
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.own.geometry)
-        layers = [
+        self.governed: list[Any] = [
             (SplitLayer if layer.groups else PolicyLayer)(
                 layer, self.own.geometry, self.clocks, self.moment, self.device, self.backend, rotation, ranks
             )
             for layer in self.own.layers
         ]
-        super().__init__(layers=layers)
+        self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in self.own.local]
+        super().__init__(layers=_in_order(plan, self.governed, self.local))
+        self.tail = Tail()
         self._note_cadences()
         self._forget()
 
@@ -104,6 +113,7 @@ class PolicyCache(Cache):
         self.expected: int | None = None
         self._told: dict[str, Tensor] = {}
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
+        self.tail.forget()
         self.finish()
 
     # Opening a pass -----------------------------------------------------------------------------------------------
@@ -219,12 +229,14 @@ class PolicyCache(Cache):
         self.turn_columns += columns
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
+        self.tail.open(valid if padded else None, more)
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
         moment.traits, moment.chunks = traits, ()
         if self.plan.prompt_chunk is None:
             moment.position, moment.places = self.clocks.prompt(valid, traits)
         else:
+            moment.position, moment.places = torch.where(valid, self.coming(columns, valid), -1), ()
             moment.chunks = cut(self.clocks, valid, traits, self.plan.prompt_chunk)
         if not more:
             self.clocks.close_turn()
@@ -284,12 +296,14 @@ class PolicyCache(Cache):
         """Columns seen, padding included; never tokens kept."""
         return self.clocks.columns
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
         """A policy's layers make their own mask by position; this only tells the mask function how many are new."""
-        return query_length, 0
+        return new_columns(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
@@ -309,11 +323,12 @@ class PolicyCache(Cache):
 
     def parts(self) -> Iterator[PolicyLayer]:
         """Every group of heads with equal pools, of every layer: most layers are one."""
-        for layer in self.layers:
+        for layer in self.governed:
             yield from layer.parts
 
     def _tensors(self) -> list[Tensor]:
-        return self.clocks.tensors() + [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+        slots = [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+        return self.clocks.tensors() + slots + [tensor for layer in self.local for tensor in layer.tensors.values()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order (a row may come twice), in place, as beam search asks."""
@@ -326,7 +341,10 @@ class PolicyCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if repeats != 1:
-            raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
+            raise CacheError(
+                f"this cache has {self.plan.batch} rows and cannot grow in place; cache.copy(repeats={repeats}) has "
+                f"{self.plan.batch * repeats}"
+            )
 
     def _select(self, rows: Tensor) -> None:
         tensors = self._tensors()
@@ -346,7 +364,7 @@ class PolicyCache(Cache):
 
         Slots that KV heads share come last; there -1 also stands where a token is another head's.
         """
-        return self.layers[layer_idx].positions()
+        return self.governed[layer_idx].positions()
 
     def stats(self, *, everywhere: bool = False) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
@@ -365,12 +383,30 @@ class PolicyCache(Cache):
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
             "resident": resident,
-            "resident_peak": max(layer.peak() for layer in self.layers),
+            "resident_peak": max(layer.peak() for layer in self.governed),
             "bound": self.plan.resident_bound,
             "bytes": self.bytes,
             "passes": dict(self.passes),
         }
         return merged(self.ranks.collect(stats)) if everywhere else stats
+
+    def copy(self, repeats: int = 1) -> PolicyCache:
+        """A cache of its own in the same state: fork a prompt that was read once, and let each copy go its own way.
+
+        ``repeats`` gives every row so many times, one after the other, as ``num_return_sequences`` does.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        return copied(self, repeats)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file; ``kvpolicy.load_cache(model, path)`` reads it.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        save_cache(self, path)
 
     def extend(self, *, prompt: int | tuple[int, int] | None = None, max_new_tokens: int | None = None) -> None:
         """Plan anew for longer lengths (totals over the cache's life) and move what is resident. Not inside a pass.
@@ -390,10 +426,17 @@ class PolicyCache(Cache):
         )
         self.clocks.extend(plan)
         own = on_rank(plan, self.ranks.rank, self.ranks.size)
-        for number, layer in enumerate(own.layers):
-            self.layers[number].replan(layer)
+        for layer, sizes in zip((*self.governed, *self.local), (*own.layers, *own.local), strict=True):
+            layer.replan(sizes)
         self.plan, self.own = plan, own
         self._note_cadences()
+
+
+def _in_order(plan: Plan, governed: Sequence[Any], local: Sequence[Any]) -> list[Any]:
+    """The layers as the model numbers them."""
+    numbers = (*plan.geometry.governed, *(layer.layer.index for layer in plan.local))
+    by_number = dict(zip(numbers, (*governed, *local), strict=True))
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _known(**flags: Tensor | None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from kvpolicy.attention import (
 )
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.evict import Leave
 from kvpolicy.runtime.fused import Fusion
@@ -51,6 +51,7 @@ class LayerCore(FixedLayer):
     ) -> None:
         super().__init__()
         self.geometry = geometry
+        self.dtype = TORCH_DTYPES[geometry.dtype]
         self.ranks = ranks
         self.heads = geometry.kv_heads
         self.backend = backend
@@ -149,7 +150,7 @@ class LayerCore(FixedLayer):
             if self.compact is not None:
                 queries = self.compact.queries(queries, placed, position)
             own = {"read": seen.read, "turned": seen.turned}
-            sights[str(last)] = LastQueries(state, seen.scaling, seen.candidates, queries, placed, position, **own)
+            sights[str(last)] = LastQueries(state, seen.formula, seen.candidates, queries, placed, position, **own)
         return sights
 
 

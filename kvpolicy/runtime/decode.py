@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
+from transformers.generation import utils as generation
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutput
 
 from kvpolicy.errors import UsageError
@@ -25,10 +25,11 @@ from kvpolicy.runtime.choosing import Choice, sample
 from kvpolicy.runtime.stepping import Stepper, is_watched
 
 KEPT = ("scores", "logits", "attentions", "hidden_states")  # what generate returns of every step when asked to
-# What comes with a prompt and says nothing of a generated token, which is text; transformers' own list leaves out what
-# places images in the text.
+# What comes with a prompt and says nothing of a generated token, which is text; transformers' own list, which older
+# versions have not, leaves out what places images in the text.
+SEEN = ("pixel_values", "pixel_values_videos", "image_sizes")
 PLACING = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-OF_PROMPTS = (*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, *PLACING)
+OF_PROMPTS = (*getattr(generation, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", SEEN), *PLACING)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DecodeLoop:
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         **model_kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
+    ) -> Tensor | generation.GenerateDecoderOnlyOutput:
         """Called by `generate`; input_ids int64 [B, N]. Returns what `generate` would.
 
         Raises:
@@ -117,7 +118,7 @@ class _Run:
         kept = [name for name in KEPT if config.return_dict_in_generate and getattr(config, f"output_{name}", False)]
         self.kept: dict[str, list[Any]] = {name: [] for name in kept}
 
-    def decode(self, kwargs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
+    def decode(self, kwargs: dict[str, Any]) -> Tensor | generation.GenerateDecoderOnlyOutput:
         """Prompt, then token by token until every row has ended."""
         inputs = _StepInputs(kwargs, self.text, self.start)
         if self.streamer is not None:
@@ -210,7 +211,7 @@ class _Run:
         if not self.config.return_dict_in_generate:
             return text
         kept: dict[str, Any] = {name: tuple(each[: self.length - self.start]) for name, each in self.kept.items()}
-        return GenerateDecoderOnlyOutput(sequences=text, past_key_values=cache, **kept)
+        return generation.GenerateDecoderOnlyOutput(sequences=text, past_key_values=cache, **kept)
 
 
 class _StepInputs:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import Rotation
+from kvpolicy.attention import Formula, Rotation
 from kvpolicy.plan import LayerPlan, ModelGeometry
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import Moment
 from kvpolicy.runtime.protocol import FixedLayer
@@ -35,6 +35,7 @@ class SplitLayer(FixedLayer):
     ) -> None:
         super().__init__()
         self.plan = plan
+        self.dtype = TORCH_DTYPES[geometry.dtype]
         self.clocks = clocks
         self.moment = moment
         self.backend = backend
@@ -51,12 +52,12 @@ class SplitLayer(FixedLayer):
         self.query_heads = [(heads[:, None] * geometry.group + group).flatten() for heads in self.kv_heads]
         self.in_order = torch.cat(self.query_heads).argsort()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
         """Attention output [B, N, Q, D]; shapes as in ``PolicyLayer.forward``."""
         outputs = []
         for part, kv_heads, query_heads in zip(self.parts, self.kv_heads, self.query_heads, strict=True):
             given = (query.index_select(1, query_heads), key.index_select(1, kv_heads), value.index_select(1, kv_heads))
-            outputs.append(part.forward(*given, scaling))
+            outputs.append(part.forward(*given, formula.of_heads(query_heads)))
         return torch.cat(outputs, dim=2).index_select(2, self.in_order)
 
     def replan(self, plan: LayerPlan) -> None:
