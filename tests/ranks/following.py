@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import kvpolicy
-from kvpolicy.attention import Rotation
+from kvpolicy.attention import Formula, Rotation
 from kvpolicy.cli.main import main
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.language import Policy, loads_policy
@@ -40,16 +40,6 @@ def model(kv_heads=4, heads=8):
     return LlamaForCausalLM(config).eval()
 
 
-def olmo():
-    """One of a family that normalises queries and keys over all heads."""
-    torch.manual_seed(0)
-    config = Olmo2Config(
-        vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return Olmo2ForCausalLM(config).eval()
-
-
 def prompts():
     """Ids [ROWS, PROMPT], the second row padded on the left, and their mask."""
     ids = torch.randint(2, 97, (ROWS, PROMPT), generator=torch.Generator().manual_seed(3))
@@ -62,7 +52,7 @@ def kept(cache):
     """Positions held, by layer, row and head: those that lie here."""
     return [
         [[sorted(p for p in head if p >= 0) for head in row] for row in cache.positions(layer).tolist()]
-        for layer in range(len(cache.layers))
+        for layer in range(len(cache.governed))
     ]
 
 
@@ -89,6 +79,7 @@ def follow(model, policy, compile=None, second=0):
                 held.append(kept(cache))
         report = compile_report(model)
         return {
+            "heads": list(cache.ranks.heads(cache.plan.geometry.kv_heads)),
             "tokens": tokens,
             "kept": held,
             "logits": logits,
@@ -115,7 +106,7 @@ def follow_numbers(policy, ranks=ALONE):
                 torch.randn(ROWS, count, columns, shape.head_dim, generator=numbers)[:, some[count]]
                 for count in (shape.query_heads, shape.kv_heads, shape.kv_heads)
             ]
-            layer.forward(*given, scaling=1.0)
+            layer.forward(*given, Formula(1.0))
         cache.finish()
         held.append(kept(cache))
     return held
@@ -150,16 +141,6 @@ def command(arguments):
     return [code, said.getvalue()]
 
 
-def gathered(path, policy):
-    """The heads that each rank caches of a family whose plan gathers queries and keys, and what its model writes."""
-    whole = sharded(path)
-    with kvpolicy.applied(whole, policy):
-        cache = cache_for(whole, prompt=PROMPT, max_new_tokens=STEPS, batch=ROWS)
-        ids = prompts()[0]
-        text = whole.generate(ids, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
-    return [cache.layers[0].heads, cache.ranks.size, text.tolist()]
-
-
 def sharded(path):
     """The model in a folder, as transformers shards it over all ranks."""
     return AutoModelForCausalLM.from_pretrained(path, **sharding()).eval()
@@ -175,7 +156,9 @@ def run(folder):
     ranks = Ranks.of(dist.group.WORLD)
     done = {
         "heads": list(ranks.heads(GEOMETRY.kv_heads)),
-        "gathered": [gathered(folder / "olmo", policies[name]) for name in job.get("gathered", ())],
+        "families": {
+            family: follow(sharded(folder / family), policies[name]) for family, name in job.get("families", {}).items()
+        },
         "follow": {name: follow(shared, policies[name], **how) for name, how in job.get("follow", {}).items()},
         "numbers": {name: follow_numbers(policies[name], ranks) for name in job.get("numbers", ())},
         "generate": {name: generate(shared, policies[name]) for name in job.get("generate", ())},

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvpolicy.architecture import architectures
 from kvpolicy.language import load_policy, loads_policy
+from kvpolicy.testing.models import random_model
 from tests.ranks import following
 from tests.ranks.following import command, follow, follow_numbers, generate, model
 
@@ -33,6 +35,7 @@ pools: {all: {admit: all, budget: 10, scorer: {signal: attention}, evict: {scope
 OWN_POLICIES = {name: loads_policy(f"kvpolicy: 1\nname: {name}{text}", filename=name) for name, text in OWN.items()}
 
 
+FAMILIES = ("olmo2", "gemma3_text")  # queries and keys normalised over all heads; and layers of a sliding window
 APPLY = ["apply", "ada-kv", "builtin:tiny", *["--set", "budget=9"], *["--set", "window=3"], "-n", "12", "--json"]
 SIMULATE = ["simulate", "tova", "raas", "window", "--pattern", "drift", "--prompt", "8", "--steps", "20"]
 
@@ -82,6 +85,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     model().save_pretrained(folder / "model")
     model(kv_heads=1, heads=2).save_pretrained(folder / "one-head")
+    for family in FAMILIES:
+        random_model(family).save_pretrained(folder / family)
     return folder
 
 
@@ -92,7 +97,7 @@ def two(saved):
         saved, 2, {**THREE, **OWN_POLICIES},
         follow={"raas": {}, "tova": {}, "ada-kv": {"second": 7}, "by-head": {}, "chunks": {}},
         numbers=["tova", "ada-kv", "by-head"], generate=["tova"], refused=[["one-head", "tova"]],
-        commands=[APPLY, SIMULATE],
+        commands=[APPLY, SIMULATE], families={family: "tova" for family in FAMILIES},
     )  # fmt: skip
 
 
@@ -109,6 +114,23 @@ def test_each_rank_holds_half_of_the_heads_and_about_half_of_the_bytes(two):
     whole = follow(model(), THREE["raas"])["bytes"][0]
     for answer in two:
         assert whole / 2 <= answer["follow"]["raas"]["bytes"][0] < whole / 2 + 500  # each has clocks of its own
+
+
+def assert_family_as_one(answers, family, policy):
+    one = follow(random_model(family), policy)
+    for answer in answers:
+        found = answer["families"][family]
+        assert found["tokens"] == one["tokens"]
+        here = [[[[row[head] for head in found["heads"]] for row in layer] for layer in at] for at in one["kept"]]
+        assert found["kept"] == here
+        assert found["bytes"][0] == found["bytes"][1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_share_out_their_heads_or_show_all_of_them_to_each_rank(two, family):
+    heads = [answer["families"][family]["heads"] for answer in two]
+    assert heads == ([[0, 1], [0, 1]] if family == "olmo2" else [[0], [1]])
+    assert_family_as_one(two, family, THREE["tova"])
 
 
 @pytest.mark.parametrize("name", ["tova", "ada-kv", "by-head"])
@@ -182,3 +204,17 @@ def test_every_shipped_policy_keeps_the_same_on_two_ranks(saved):
         assert_as_one(answers, name, one)
         assert (one["stats"]["evicted"] > 0) >= (name in EVICTING)
         assert put_together([answer["numbers"][name] for answer in answers]) == follow_numbers(policy)
+
+
+@pytest.mark.slow
+def test_every_family_that_transformers_shards_keeps_the_same(saved):
+    families = []
+    for family, architecture in architectures().items():
+        if not architecture.decoder:  # those that see are loaded by another class
+            whole = random_model(family)
+            if whole.supports_tp_plan:
+                families.append(family)
+                whole.save_pretrained(saved / family)
+    answers = launch(saved, 2, THREE, families={family: "tova" for family in families}, minutes=25)
+    for family in families:
+        assert_family_as_one(answers, family, THREE["tova"])
