@@ -97,7 +97,7 @@ def two(saved):
         saved, 2, {**THREE, **OWN_POLICIES},
         follow={"raas": {}, "tova": {}, "ada-kv": {"second": 7}, "by-head": {}, "chunks": {}},
         numbers=["tova", "ada-kv", "by-head"], generate=["tova"], refused=[["one-head", "tova"]],
-        commands=[APPLY, SIMULATE], families={family: "tova" for family in FAMILIES},
+        commands=[APPLY, SIMULATE], families=dict.fromkeys(FAMILIES, "tova"),
     )  # fmt: skip
 
 
@@ -215,6 +215,6 @@ def test_every_family_that_transformers_shards_keeps_the_same(saved):
             if whole.supports_tp_plan:
                 families.append(family)
                 whole.save_pretrained(saved / family)
-    answers = launch(saved, 2, THREE, families={family: "tova" for family in families}, minutes=25)
+    answers = launch(saved, 2, THREE, families=dict.fromkeys(families, "tova"), minutes=25)
     for family in families:
         assert_family_as_one(answers, family, THREE["tova"])
