@@ -232,6 +232,7 @@ class TestAModelThatTheUserCompiled:
         greedy["max_new_tokens"] = 9
         return apply(model, policies["scored"]).generate(prompt, **greedy)
 
+    @pytest.mark.slow
     def test_with_breaks_it_is_right(self, model, prompt, greedy, expected):
         model.compile(backend="eager")
         with torch._dynamo.config.patch(recompile_limit=64):
@@ -259,7 +260,7 @@ class TestAModelThatTheUserCompiled:
                 torch.testing.assert_close(mine, eager)
 
 
-@pytest.mark.parametrize("name", ["scored", "paged"])
+@pytest.mark.parametrize("name", [pytest.param("scored", marks=pytest.mark.slow), "paged"])
 def test_the_generated_code_copies_no_cache(model, policies, prompt, name):
     """Inductor writes slots in place: no buffer of the size of the keys is made or copied in a step."""
     apply(model, policies[name])
