@@ -134,10 +134,16 @@ class LayerHook:
         if not isinstance(cache, PolicyCache):
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad and torch.is_grad_enabled():  # the caller's own embeddings may be a parameter
-            raise CacheError(
-                "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
-            )
+        if hidden.requires_grad:
+            if torch.is_grad_enabled():
+                raise CacheError(
+                    "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
+                )
+            # Checkpointed training makes embeddings ask for gradients where nothing records any: layers would differ.
+            if args:
+                args = (hidden.detach(), *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": hidden.detach()}
         handed = {"past_key_values": None, "kv_layer": cache.layers[self.index]}
         if self.temperature is not None:
             handed["kv_temperature"] = self.temperature

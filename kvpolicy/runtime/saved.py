@@ -37,8 +37,14 @@ def copied(cache: PolicyCache, repeats: int = 1) -> PolicyCache:
     _check_settled(cache)
     plan = cache.plan
     if repeats > 1:
-        lengths = {"prompt": plan.prompt, "max_new_tokens": plan.max_new_tokens, "turns": plan.turns}
-        plan = make_plan(plan.policy, plan.geometry, batch=plan.batch * repeats, **lengths)
+        plan = make_plan(
+            plan.policy,
+            plan.geometry,
+            batch=plan.batch * repeats,
+            prompt=plan.prompt,
+            max_new_tokens=plan.max_new_tokens,
+            turns=plan.turns,
+        )
     twin = type(cache)(plan, device=cache.device, backend=cache.backend, rotation=cache.rotation, ranks=cache.ranks)
     tensors = state_of(cache)
     if repeats > 1:
