@@ -33,6 +33,7 @@ class Architecture:
     temperature: (attention module, positions [B, N] of its queries, -1 for padding) -> what they must still be
         multiplied by [B, N], or None; for models whose own code reads positions off the cache.
     image_token: what the base model's config calls the id that stands for an image's token; "" where it sees no images.
+    refused: why no policy can be applied to it; "" where one can.
     """
 
     model_types: tuple[str, ...]
@@ -44,11 +45,12 @@ class Architecture:
     sinks: bool = False
     temperature: Callable[[Any, Any], Any] | None = None
     image_token: str = ""
+    refused: str = ""
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every supported architecture by `model_type`, shipped ones first.
+    """Every architecture that can be patched by `model_type`, shipped ones first.
 
     Raises:
         ModelError: two files claim one model type, or a file or plug-in cannot be read; both owners are named.
@@ -62,7 +64,7 @@ def architectures() -> dict[str, Architecture]:
             if model_type in found:
                 raise ModelError(f"two architectures claim model type '{model_type}': {owners[model_type]} and {owner}")
             found[model_type], owners[model_type] = architecture, owner
-    return found
+    return {model_type: architecture for model_type, architecture in found.items() if not architecture.refused}
 
 
 @cache
@@ -74,15 +76,28 @@ def families() -> dict[str, Architecture]:
     return {**shipped, **others}
 
 
+def refuse(model_type: str) -> None:
+    """Refuse models of a type that is known to have no place for a policy.
+
+    Raises:
+        ModelError: it is, and why.
+    """
+    for architecture in families().values():
+        if architecture.refused and model_type in architecture.model_types:
+            raise ModelError(f"no policy can be applied to models of type '{model_type}': {architecture.refused}")
+
+
 def architecture_of(model_type: str) -> Architecture:
     """The architecture of a `config.model_type`.
 
     Raises:
-        ModelError: no file in `patches/` and no plug-in states it; the supported ones are named.
+        ModelError: no file in `patches/` and no plug-in states it, and the supported ones are named; or it has no place
+            for a policy.
     """
     known = architectures()
     if model_type in known:
         return known[model_type]
+    refuse(model_type)
     raise ModelError(
         f"kvpolicy does not know models of type '{model_type}'; it knows {', '.join(sorted(known))}. To try this one "
         "all the same, untested: --generic, or kvpolicy.apply(…, generic=True). A new family is one file in patches/, "

@@ -22,6 +22,7 @@ def facts(name: str, architecture: Architecture) -> dict[str, Any]:
     return {
         "name": name,
         "summary": architecture.covers,
+        "refused": architecture.refused,
         "model_types": list(types),
         "layers": {model_type: layers(model_type) for model_type in types},
         "tested": {model_type: versions(model_type) for model_type in types},
@@ -62,8 +63,8 @@ def row(entry: dict[str, Any]) -> list[str]:
         entry["name"],
         ", ".join(entry["model_types"]),
         _each(_kinds(told) for told in known) or "unknown to this transformers",
-        _each(_governed(told) for told in known),
-        _versions(entry["tested"]),
+        "none: refused" if entry["refused"] else _each(_governed(told) for told in known),
+        "" if entry["refused"] else _versions(entry["tested"]),
     ]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from kvpolicy.architecture import Architecture
+from kvpolicy.architecture import Architecture, families, refuse
 from kvpolicy.errors import ModelError
 from kvpolicy.patching.attention import fallback, register
 from kvpolicy.patching.changes import Journal
@@ -43,7 +43,10 @@ def find_architecture(model: Any) -> Architecture:
     Raises:
         ModelError: it is not built as transformers' decoders are, and where it differs.
     """
+    refuse(model.config.model_type)
     base = model.base_model
+    if getattr(model.config.get_text_config(), "kv_lora_rank", None):
+        _refuse(model, families()["latent"].refused)
     if getattr(model.config, "is_encoder_decoder", False):
         _refuse(model, "it has an encoder, and its decoder attends to that too")
     decoder = next((each for each in (model.get_decoder(), base) if isinstance(each, nn.Module)), base)

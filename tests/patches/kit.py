@@ -27,7 +27,9 @@ ROOMY = {"heavy": 100, "recent": 100}
 TIGHT = {"h2o": {"heavy": 5, "recent": 4}, "raas": {"budget": 32, "page_size": 4}}
 """Policies that rank by attention, of the model's own queries or of bounds on it, and evict early."""
 
-MODEL_TYPES = [model_type for architecture in families().values() for model_type in architecture.model_types]
+SHIPPED = [(model_type, family) for family in families().values() for model_type in family.model_types]
+MODEL_TYPES = [model_type for model_type, family in SHIPPED if not family.refused]
+REFUSED = [model_type for model_type, family in SHIPPED if family.refused]
 
 
 @cache
