@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvpolicy.errors import CacheError, ModelError
 from kvpolicy.patching.attention import newest_validity
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.moment import PROMPT
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,30 @@ def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The arguments of a call of a model, all by name."""
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else ()
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@dataclass(frozen=True)
+class StateHook:
+    """Tells a layer that keeps a state in place of tokens what of a pass is padding, and leaves it the cache.
+
+    The mask that the model was given is ours, and says nothing.
+    """
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PolicyCache):
+            return None
+        moment, valid = cache.moment, None
+        if moment.kind == PROMPT and not moment.whole and moment.position is not None:
+            valid = moment.position >= 0
+            if not bool(valid[:, -1].all()):
+                raise CacheError(
+                    f"{type(layer).__name__} carries a state from token to token, and a prompt that ends in padding "
+                    "would change it; pad on the left (tokenizer.padding_side = 'left')"
+                )
+        return args, {**kwargs, "attention_mask": None if valid is None or bool(valid.all()) else valid.long()}
 
 
 @dataclass(frozen=True)
