@@ -50,12 +50,12 @@ def find_architecture(model: Any) -> Architecture:
     if getattr(model.config, "is_encoder_decoder", False):
         _refuse(model, "it has an encoder, and its decoder attends to that too")
     names = {module: name for name, module in base.named_modules()}
-    decoder = next(each for each in (model.get_decoder(), base) if each in names)
+    said = (model.get_decoder(), base, getattr(base, "model", None))
+    decoder = next((each for each in said if each in names and _lists(each)), base)
     config = getattr(decoder, "config", None)
     if not isinstance(config, PreTrainedConfig):
         _refuse(model, f"{type(decoder).__name__} was found for its text decoder, and it has no config")
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    lists, count = _lists(decoder), getattr(config, "num_hidden_layers", None)
     if len(lists) != 1:
         _refuse(model, f"{len(lists) or 'no'} lists of {count} decoder layers were found in {type(decoder).__name__}")
     states = ModelGeometry.from_config(config).states
@@ -73,6 +73,12 @@ def find_architecture(model: Any) -> Architecture:
         attention=attention.pop(),
         **({"rotary": rotary[0]} if rotary else {}),
     )
+
+
+def _lists(decoder: nn.Module) -> list[str]:
+    """The names of its lists of as many modules as its config says it has layers."""
+    count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    return [name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == count]
 
 
 def _attentions(layer: nn.Module) -> list[str]:
