@@ -33,6 +33,7 @@ class Architecture:
     temperature: (attention module, positions [B, N] of its queries, -1 for padding) -> what they must still be
         multiplied by [B, N], or None; for models whose own code reads positions off the cache.
     image_token: what the base model's config calls the id that stands for an image's token; "" where it sees no images.
+    images_see_ahead: whether tokens of an image attend to later ones of it; a policy then takes text alone.
     refused: why no policy can be applied to it; "" where one can.
     """
 
@@ -45,6 +46,7 @@ class Architecture:
     sinks: bool = False
     temperature: Callable[[Any, Any], Any] | None = None
     image_token: str = ""
+    images_see_ahead: bool = False
     refused: str = ""
 
 

@@ -27,6 +27,7 @@ from kvpolicy.patching.lengths import Room
 from kvpolicy.patching.parallel import ranks_of
 from kvpolicy.patching.rereading import CacheKeeper, prepares_by_itself
 from kvpolicy.patching.rotary import check_rotation
+from kvpolicy.patching.text_alone import TextAlone
 from kvpolicy.patching.traits import TraitHook
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
@@ -264,6 +265,9 @@ def _change(model: PreTrainedModel, patch: Patch, layers: list[Any], traits: Tra
     journal.set(model.config, "kv_policy", recorded)
     if traits is not None:
         journal.before(model.base_model, traits)
+    if patch.architecture.images_see_ahead:
+        image = getattr(model.base_model.config, patch.architecture.image_token, None)
+        journal.before(model.base_model, TextAlone(image))
     journal.before(decoder, ModelHook(name, len(layers)))
     journal.after(decoder, close_pass)
     for index, layer in enumerate(layers):

@@ -53,6 +53,22 @@ OWN: dict[str, dict[str, Any]] = {
         "decoder": {"sliding_window": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0},
         "kinds": NEAR,
     },
+    "gemma3": {
+        "decoder": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        "kinds": NEAR,
+        "vision_config": {  # one token of 4 x 4 pixels, four to a picture
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_id": 94,
+        "boi_token_index": 95,
+        "eoi_token_index": 96,
+    },
     "gemma3_text": {"decoder": {"sliding_window": 8, "query_pre_attn_scalar": 8}, "kinds": NEAR},
     "gpt_oss": {"decoder": {"sliding_window": 8, **EXPERTS}, "kinds": NEAR},
     "llama4_text": {
@@ -186,7 +202,7 @@ def random_model(
         shape.setdefault("layer_types", [next(kinds) for _ in range(shape["num_hidden_layers"])])
     torch.manual_seed(seed)
     if "vision_config" in own:
-        beside = {key: value for key, value in own.items() if key != "decoder"}
+        beside = {key: value for key, value in own.items() if key not in ("decoder", "kinds")}
         config = AutoConfig.for_model(model_type, text_config=shape, **beside)
         seeing: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
         return seeing.to(dtype).eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.errors import ModelError
+from kvpolicy.errors import CacheError, ModelError
 from kvpolicy.plan import LocalLayer, ModelGeometry, make_plan
 from kvpolicy.testing.live import LiveAgreement
 from kvpolicy.testing.models import OWN, random_model
@@ -139,3 +139,16 @@ def test_what_local_layers_take_is_in_the_plan():
         == plan.bytes - sum(layer.bytes for layer in plan.layers) - sum(buffer.bytes for buffer in plan.clocks)
     )
     assert plan.dense_bytes == 2 * (80 + 2 * 8) * shape.kv_heads * shape.head_dim * 4
+
+
+def test_images_that_see_ahead_are_refused():
+    """The tokens of an image attend to one another in both directions in Gemma 3; text goes as ever."""
+    model = kvpolicy.apply(random_model("gemma3"), "h2o", **SIZES)
+    assert model.generate(drawn(1, 12), max_new_tokens=4, do_sample=False).shape == (1, 16)
+    ids = torch.tensor([[2, 95, 94, 94, 94, 94, 96, 5]])
+    picture = torch.randn(1, 3, 8, 8)
+    for seen in ({"pixel_values": picture}, {"token_type_ids": (ids == 94).long()}, {}):
+        with pytest.raises(CacheError, match="see one another in both directions in Gemma3Model"):
+            model.generate(ids, max_new_tokens=2, do_sample=False, **seen)
+    kvpolicy.remove(model)
+    assert model.generate(ids, pixel_values=picture, max_new_tokens=2, do_sample=False).shape == (1, 10)
