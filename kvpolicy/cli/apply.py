@@ -170,7 +170,7 @@ def progress(json: bool, line: str) -> None:
 
 def introduction(policy: Policy, model: str, request: Request, device: str, ranks: int) -> str:
     """What is about to run, and whether it is compiled and why."""
-    compiled, why = request.compiles(device, ranks)
+    compiled, why = request.compiles(device, ranks=ranks)
     waits = "so the first steps take a while" if compiled is True else "and tokens come eagerly until then"
     how = f"compiled ({why}), {waits}" if compiled else f"not compiled ({why})"
     where = (

@@ -163,7 +163,9 @@ def _others(explained: Explained) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     most = max(plan.bytes, plan.dense_bytes)
-    stored = sum(b.bytes for layer in (*plan.layers, *plan.local) for b in layer.buffers if b.holds_tokens)
+    buffers = [buffer for layer in plan.layers for buffer in layer.buffers]
+    buffers += [buffer for local in plan.local for buffer in local.buffers]
+    stored = sum(buffer.bytes for buffer in buffers if buffer.holds_tokens)
     saving = 1 - plan.bytes / plan.dense_bytes if plan.dense_bytes else 0.0
     share = f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'}"
     yield f"[bold]Memory[/]: {share} than the full cache at the same lengths"

@@ -43,5 +43,5 @@ def virtual_tokens(model: Any) -> int:
     if wrapper is model:
         return 0
     check_adapters(wrapper)
-    config = getattr(wrapper, "active_peft_config", None)
+    config: Any = getattr(wrapper, "active_peft_config", None)
     return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0

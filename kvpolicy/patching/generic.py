@@ -50,8 +50,8 @@ def find_architecture(model: Any) -> Architecture:
     if getattr(model.config, "is_encoder_decoder", False):
         _refuse(model, "it has an encoder, and its decoder attends to that too")
     names = {module: name for name, module in base.named_modules()}
-    said = (model.get_decoder(), base, getattr(base, "model", None))
-    decoder = next((each for each in said if each in names and _lists(each)), base)
+    said: tuple[Any, ...] = (model.get_decoder(), base, getattr(base, "model", None))
+    decoder: Any = next((each for each in said if each in names and _lists(each)), base)
     config = getattr(decoder, "config", None)
     if not isinstance(config, PreTrainedConfig):
         _refuse(model, f"{type(decoder).__name__} was found for its text decoder, and it has no config")

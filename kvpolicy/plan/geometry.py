@@ -85,7 +85,8 @@ class ModelGeometry:
         stored = str(named or read("dtype") or read("torch_dtype") or "float32").removeprefix("torch.")
         if stored not in ("float32", "bfloat16", "float16", "float64"):
             raise ModelError(f"keys and values cannot be stored as {stored}; pass dtype float32, bfloat16 or float16")
-        local, states = (find(read, int(layers), model_type) for find in (local_layers, state_layers))
+        local = local_layers(read, int(layers), model_type)
+        states = state_layers(read, int(layers), model_type)
         return cls(
             model_type=model_type,
             layers=int(layers) - len(local) - len(states),

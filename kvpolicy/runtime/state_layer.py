@@ -20,7 +20,7 @@ _Layer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
 STATES = ("conv_states", "recurrent_states")
 
 
-class StateLayer(_Layer):  # type: ignore[misc]
+class StateLayer(_Layer):
     """The state of one layer, made when the model first writes it.
 
     Raises:
@@ -37,7 +37,7 @@ class StateLayer(_Layer):  # type: ignore[misc]
 
     def take(self, other: StateLayer, repeats: int) -> None:
         """Become a copy of another, each row so many times in a row."""
-        vars(self).update(copy.deepcopy(vars(other)))
+        self.__dict__.update(copy.deepcopy(other.__dict__))
         for states, key, tensor in self._held():
             states[key] = tensor.repeat_interleave(repeats, 0)
 

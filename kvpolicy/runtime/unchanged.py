@@ -64,7 +64,7 @@ def _weight(weight: Tensor | None) -> Hashable:
     return type(weight), weight is not None and weight.requires_grad
 
 
-def _adapters(part: nn.Module) -> tuple[Hashable, ...]:
+def _adapters(part: Any) -> tuple[Hashable, ...]:
     if not hasattr(part, "merged_adapters"):
         return ()
     return tuple(part.active_adapters), tuple(part.merged_adapters), bool(part.disable_adapters)
