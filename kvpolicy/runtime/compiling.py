@@ -316,12 +316,13 @@ def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
     `position_ids` are dropped: a decoder layer reads the rotation only, and a caller may leave them out.
     """
-    turned = kwargs["position_embeddings"]  # cos and sin; of Llama 4 one complex tensor
-    angles = (
-        _canonical(turned, rows) if isinstance(turned, Tensor) else tuple(_canonical(each, rows) for each in turned)
-    )
-    ours = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
-    return {"attention_mask": None, "position_embeddings": angles, "past_key_values": None, **ours}
+    ours: dict[str, Any] = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
+    turned = kwargs.get("position_embeddings")  # cos and sin; of Llama 4 one complex tensor; none where no key turns
+    if isinstance(turned, Tensor):
+        ours["position_embeddings"] = _canonical(turned, rows)
+    elif turned is not None:
+        ours["position_embeddings"] = tuple(_canonical(each, rows) for each in turned)
+    return {"attention_mask": None, "past_key_values": None, **ours}
 
 
 def _canonical(tensor: Tensor, rows: int) -> Tensor:
