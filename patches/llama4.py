@@ -2,13 +2,10 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kvpolicy.architecture import Architecture
 
 
-def temperature(attention: Any, position: Tensor) -> Tensor | None:
+def temperature(attention: Any, position: Any) -> Any:
     """What layers without rotation multiply their queries by, so that long texts do not flatten their attention.
 
     The model's own code counts positions from the length of a cache that it is not handed here, so from 0 in each pass.
@@ -16,11 +13,12 @@ def temperature(attention: Any, position: Tensor) -> Tensor | None:
     if attention.use_rope or not attention.attn_temperature_tuning:
         return None
 
-    def scale(places: Tensor) -> Tensor:
-        steps = torch.floor((places.clamp(min=0).float() + 1.0) / attention.floor_scale)
-        return torch.log1p(steps) * attention.attn_scale + 1.0
+    def scale(places: Any) -> Any:
+        steps = ((places.clamp(min=0).float() + 1.0) / attention.floor_scale).floor()
+        return steps.log1p() * attention.attn_scale + 1.0
 
-    return scale(position) / scale(torch.arange(position.shape[1], device=position.device))
+    counted = position.new_ones(position.shape[1]).cumsum(0) - 1
+    return scale(position) / scale(counted)
 
 
 ARCHITECTURE = Architecture(

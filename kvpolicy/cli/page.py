@@ -62,6 +62,13 @@ def _title(explained: Explained) -> Iterator[str]:
         f"{plan.max_new_tokens:,} to generate. Tokens and slots are counted per layer, row and KV head.",
         "",
     )
+    if shape.local:
+        spans = " or ".join(f"{span:,}" for span in sorted({layer.span for layer in shape.local}))
+        yield from wrapped(
+            f"{plural(len(shape.local), 'more layer')} attend to the last {spans} tokens only. The policy does not "
+            "touch them, and numbers its layers without them.",
+            "",
+        )
 
 
 def _warnings(explained: Explained) -> Iterator[str]:
@@ -156,12 +163,14 @@ def _others(explained: Explained) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     most = max(plan.bytes, plan.dense_bytes)
-    stored = sum(b.bytes for layer in plan.layers for b in layer.buffers if b.holds_tokens)
+    stored = sum(b.bytes for layer in (*plan.layers, *plan.local) for b in layer.buffers if b.holds_tokens)
     saving = 1 - plan.bytes / plan.dense_bytes if plan.dense_bytes else 0.0
     share = f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'}"
     yield f"[bold]Memory[/]: {share} than the full cache at the same lengths"
     yield f"  full cache  {picture.bar(plan.dense_bytes, most)} {mib(plan.dense_bytes)}"
     books = f"of it {mib(plan.bytes - stored)} bookkeeping"
+    if plan.local:
+        books += f" and {mib(plan.local_bytes)} for layers that no policy touches"
     yield f"  this cache  {picture.bar(plan.bytes, most)} {mib(plan.bytes)}, {books}"
     yield from wrapped(
         f"While the prompt is read, one layer at a time holds up to {plural(plan.prompt_peak, 'token')}: its slots and "

@@ -16,6 +16,7 @@ from kvpolicy.cli import methods
 from kvpolicy.cli.reference import render_commands, render_verbs
 from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.reference import render_reference
+from kvpolicy.versions import Run, release, runs
 
 ROOT = Path(__file__).parents[2]
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n)(?P<text>.*?)(<!-- end of generated part -->)", re.DOTALL)
@@ -77,6 +78,33 @@ def families() -> str:
     return "\n".join(rows)
 
 
+def tested_versions() -> str:
+    """What passed on which transformers and torch, as `make matrix` recorded it."""
+    if not runs():
+        return "Nothing is on record yet: `make matrix` makes it."
+    torches = sorted({run.torch for run in runs()}, key=release)
+    rows = [
+        f"| transformers | {' | '.join(f'torch {torch}' for torch in torches)} |",
+        "| --- " * (1 + len(torches)) + "|",
+    ]
+    for version in sorted({run.transformers for run in runs()}, key=release):
+        cells = [
+            _verdict([run for run in runs() if (run.transformers, run.torch) == (version, torch)]) for torch in torches
+        ]
+        rows.append(f"| {version} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _verdict(found: list[Run]) -> str:
+    """One cell: what every Python said of a pair of versions."""
+    if not found:
+        return "not tested"
+    failed = {test for run in found for test in run.failed}
+    families = len(set.intersection(*(set(run.families) for run in found)))
+    said = f"{len(failed)} tests failed" if failed else f"passed, {families} model types"
+    return f"{said} (Python {', '.join(run.python for run in found)}; {max(run.date for run in found)})"
+
+
 def test_kit(what: str) -> str:
     """Patterns, claims or traces, as the test kit describes them."""
     from kvpolicy.testing import reference  # like a verb: nothing that computes is imported before it is needed
@@ -89,6 +117,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "laws": laws,
     "methods": method_texts,
     "architectures": families,
+    "versions": tested_versions,
     "language": lambda: render_reference().strip(),
     "verbs": render_verbs,
     "commands": render_commands,

@@ -104,7 +104,12 @@ def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ModelError: the model has no such layer, or one that attends to less than the whole text.
     """
-    shape = ModelGeometry.from_config(model.base_model.config)
+    architecture, shape = architecture_of(model.config.model_type), ModelGeometry.from_config(model.base_model.config)
+    if shape.softcap is not None or architecture.sinks or architecture.temperature is not None:
+        raise ModelError(
+            "a trace holds queries and keys, and attention is computed from them by softmax alone; a model of type "
+            f"{shape.model_type} caps its logits, has attention sinks or tempers its queries, and would have another"
+        )
     known = shape.governed
     for layer in asked:
         if layer not in known:

@@ -84,11 +84,11 @@ def load_sharded(spec: str, here: Processes, dtype: Any, progress: bool, notify:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **_sharding())
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **sharding())
     return model.eval(), tokenizer
 
 
-def _sharding() -> dict[str, Any]:
+def sharding() -> dict[str, Any]:
     """How `from_pretrained` is asked to shard: earlier releases know `tp_plan` alone, which later ones will drop."""
     import dataclasses
 

@@ -174,8 +174,8 @@ class CompiledStep:
         """The call that compiles."""
         before = sum(counters["graph_break"].values())
         try:
-            with _without_capture(arguments[0]):
-                result = self._run(*arguments)
+            with _without_capture(layer):
+                result = self._run(layer, hidden_states, arguments)
             self.direct = _without_guards(self._code)
             self._ran = True
             return result

@@ -57,7 +57,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=dist.distributed_c10d._resolve_process_group(self.group))
+        group = dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+        dist.all_gather_object(found, value, group=group)
         return found
 
     def largest(self, number: int) -> int:

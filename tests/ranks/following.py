@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import kvpolicy
-from kvpolicy.attention import Rotation
+from kvpolicy.attention import Formula, Rotation
 from kvpolicy.cli.main import main
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.language import Policy, loads_policy
+from kvpolicy.models.load import sharding
 from kvpolicy.patching import cache_for, compile_report, patch_of
 from kvpolicy.plan import ModelGeometry, make_plan
 from kvpolicy.runtime import PolicyCache, decode_loop
@@ -52,7 +52,7 @@ def kept(cache):
     """Positions held, by layer, row and head: those that lie here."""
     return [
         [[sorted(p for p in head if p >= 0) for head in row] for row in cache.positions(layer).tolist()]
-        for layer in range(len(cache.layers))
+        for layer in range(len(cache.governed))
     ]
 
 
@@ -79,6 +79,7 @@ def follow(model, policy, compile=None, second=0):
                 held.append(kept(cache))
         report = compile_report(model)
         return {
+            "heads": list(cache.ranks.heads(cache.plan.geometry.kv_heads)),
             "tokens": tokens,
             "kept": held,
             "logits": logits,
@@ -105,7 +106,7 @@ def follow_numbers(policy, ranks=ALONE):
                 torch.randn(ROWS, count, columns, shape.head_dim, generator=numbers)[:, some[count]]
                 for count in (shape.query_heads, shape.kv_heads, shape.kv_heads)
             ]
-            layer.forward(*given, scaling=1.0)
+            layer.forward(*given, Formula(1.0))
         cache.finish()
         held.append(kept(cache))
     return held
@@ -142,7 +143,7 @@ def command(arguments):
 
 def sharded(path):
     """The model in a folder, as transformers shards it over all ranks."""
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto")).eval()
+    return AutoModelForCausalLM.from_pretrained(path, **sharding()).eval()
 
 
 def run(folder):
@@ -155,6 +156,9 @@ def run(folder):
     ranks = Ranks.of(dist.group.WORLD)
     done = {
         "heads": list(ranks.heads(GEOMETRY.kv_heads)),
+        "families": {
+            family: follow(sharded(folder / family), policies[name]) for family, name in job.get("families", {}).items()
+        },
         "follow": {name: follow(shared, policies[name], **how) for name, how in job.get("follow", {}).items()},
         "numbers": {name: follow_numbers(policies[name], ranks) for name in job.get("numbers", ())},
         "generate": {name: generate(shared, policies[name]) for name in job.get("generate", ())},
