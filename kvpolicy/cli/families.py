@@ -1,12 +1,11 @@
 """The families of models: which layers they have, which of those a policy governs, and where parity was tested.
 
-Nothing is written down here: files in `patches/` name the families, transformers' own configs tell the layers, and
-the record of `make matrix` the versions.
+Nothing is written down here: files in `patches/` name the families, configs tell the layers, transformers' defaults and
+those that the tests are run on, and the record of `make matrix` the versions.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from kvpolicy.architecture import Architecture, families
@@ -30,25 +29,25 @@ def facts(name: str, architecture: Architecture) -> dict[str, Any]:
 
 
 def layers(model_type: str) -> dict[str, Any] | None:
-    """What transformers' default config of a type says of its layers; None where this transformers does not know it.
+    """What configs of a type say of its layers, transformers' default and the tests'; None where transformers does not
+    know it.
 
-    ``kinds``: how many layers of each kind, as `layer_types` names them. ``window``: whether a `sliding_window` in the
-    config, with no layer types beside it, would hold for all of them. ``governed``: how many a policy governs.
+    ``kinds``: all that there are, as `layer_types` names them. ``window``: whether a `sliding_window`, with no layer
+    types beside it, would hold for all layers, and leave none for a policy. ``governed``: the kinds a policy governs.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    from kvpolicy.testing.models import random_config
+
     if model_type not in CONFIG_MAPPING_NAMES:
         return None
     with quiet():
-        config = AutoConfig.for_model(model_type).get_text_config()
-    named = getattr(config, "layer_types", None)
-    kinds = Counter(named or [FULL] * config.num_hidden_layers)
-    return {
-        "kinds": dict(sorted(kinds.items())),
-        "window": not named and hasattr(config, "sliding_window"),
-        "governed": kinds[FULL],
-    }
+        configs = [AutoConfig.for_model(model_type).get_text_config(), random_config(model_type).get_text_config()]
+    named = [getattr(config, "layer_types", None) or [FULL] for config in configs]
+    kinds = sorted(set().union(*named))
+    window = not getattr(configs[0], "layer_types", None) and hasattr(configs[0], "sliding_window")
+    return {"kinds": kinds, "window": window, "governed": [kind for kind in kinds if kind == FULL]}
 
 
 def versions(model_type: str) -> dict[str, list[str]]:
@@ -82,14 +81,11 @@ def _each(words: Any) -> str:
 
 def _kinds(told: dict[str, Any]) -> str:
     words = [kind.removesuffix("_attention") for kind in told["kinds"]]
-    if len(words) > 1:
-        words = [f"{count} {word}" for word, count in zip(words, told["kinds"].values(), strict=True)]
-    return ", ".join(words) + (", or all sliding" if told["window"] else "")
+    return ", ".join(words) + (" (or all sliding: refused)" if told["window"] else "")
 
 
 def _governed(told: dict[str, Any]) -> str:
-    some = len(told["kinds"]) > 1 or told["window"]
-    return ("the full ones" if some else "all") if told["governed"] else "none"
+    return ("the full ones" if len(told["kinds"]) > 1 else "all") if told["governed"] else "none"
 
 
 def _versions(told: dict[str, dict[str, list[str]]]) -> str:

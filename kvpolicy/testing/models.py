@@ -171,16 +171,8 @@ OWN: dict[str, dict[str, Any]] = {
 """What a family's config must say beside the numbers that all have."""
 
 
-def random_model(
-    model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
-) -> Any:
-    """A language model of a family, one that sees where the family does, small enough for a test, in eval mode.
-
-    Args:
-        model_type: as transformers names it: "llama", "qwen3".
-        changes: values of the decoder's config other than the small ones chosen here (3 layers, 4 query heads on 2 KV
-            heads of size 8).
-    """
+def random_config(model_type: str, **changes: Any) -> Any:
+    """The config of ``random_model``, which has a layer of every kind that the family is tested on."""
     small = {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -200,11 +192,24 @@ def random_model(
     if "kinds" in own:
         kinds = cycle(own["kinds"])
         shape.setdefault("layer_types", [next(kinds) for _ in range(shape["num_hidden_layers"])])
+    if "vision_config" not in own:
+        return AutoConfig.for_model(model_type, **shape)
+    beside = {key: value for key, value in own.items() if key not in ("decoder", "kinds")}
+    return AutoConfig.for_model(model_type, text_config=shape, **beside)
+
+
+def random_model(
+    model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """A language model of a family, one that sees where the family does, small enough for a test, in eval mode.
+
+    Args:
+        model_type: as transformers names it: "llama", "qwen3".
+        changes: values of the decoder's config other than the small ones chosen here (3 layers, 4 query heads on 2 KV
+            heads of size 8).
+    """
+    config = random_config(model_type, **changes)
+    loader = AutoModelForImageTextToText if "vision_config" in OWN.get(model_type, {}) else AutoModelForCausalLM
     torch.manual_seed(seed)
-    if "vision_config" in own:
-        beside = {key: value for key, value in own.items() if key not in ("decoder", "kinds")}
-        config = AutoConfig.for_model(model_type, text_config=shape, **beside)
-        seeing: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
-        return seeing.to(dtype).eval()
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
+    model: PreTrainedModel = loader.from_config(config)
     return model.to(dtype).eval()
