@@ -95,8 +95,8 @@ def test_every_row_of_eight_is_the_row_alone_for_two_hundred_steps(name: str) ->
 
 
 TALK = (((20, 11), 12), ((5, 9), 9), ((1, 4), 1), ((7, 0), 13), ((3, 3), 25))
-"""Five turns of two rows, each with the tokens generated after it: one of a single token, one that brings a row nothing,
-one after a single generated token."""
+"""Five turns of two rows, each with the tokens generated after it: one of a single token, one that brings a row
+nothing, one after a single generated token."""
 
 
 @pytest.mark.parametrize("name", thorough())
