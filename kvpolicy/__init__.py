@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvpolicy.patching import cache_for as cache_for
     from kvpolicy.patching import compile_report as compile_report
     from kvpolicy.patching import from_pretrained as from_pretrained
+    from kvpolicy.patching import load_cache as load_cache
     from kvpolicy.patching import remove as remove
     from kvpolicy.plan import ModelGeometry as ModelGeometry
     from kvpolicy.plan import Plan as Plan
@@ -40,7 +41,7 @@ _PUBLIC = {  # module -> the public names it defines; a test holds this against 
     "language": ("Policy", "SignalArgument", "SignalDefinition", "load_policy", "loads_policy"),
     "plan": ("ModelGeometry", "Plan", "make_plan"),
     "runtime": ("DecodeLoop", "PolicyCache", "decode_loop"),
-    "patching": ("applied", "apply", "cache_for", "compile_report", "from_pretrained", "remove"),
+    "patching": ("applied", "apply", "cache_for", "compile_report", "from_pretrained", "load_cache", "remove"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -19,18 +19,6 @@ from kvpolicy.errors import ModelError
 GROUP = "kvpolicy.architectures"
 
 
-def full_attention(config: Any) -> tuple[int, ...]:
-    """Decoder layers that attend to the whole text, by index, read as transformers reads its own configs.
-
-    `layer_types` names each layer's kind where a config has it; without it, a `sliding_window` holds for every layer.
-    """
-    layers = range(config.num_hidden_layers)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return tuple(index for index in layers if kinds[index] == "full_attention")
-    return () if getattr(config, "sliding_window", None) is not None else tuple(layers)
-
-
 @dataclass(frozen=True)
 class Architecture:
     """The facts about one family of decoders.
@@ -41,9 +29,11 @@ class Architecture:
     layers: where that decoder keeps its list of layers.
     attention: where a decoder layer keeps its attention module.
     rotary: where the decoder keeps its rotary embedding.
-    governs: config of the decoder -> the layers whose cache a policy may own; the policy numbers its layers over these.
-    way_out: what to do about a config some of whose layers are not among them.
+    sinks: whether its softmax has a logit that belongs to no token, for each query head.
+    temperature: (attention module, positions [B, N] of its queries, -1 for padding) -> what they must still be
+        multiplied by [B, N], or None; for models whose own code reads positions off the cache.
     image_token: what the base model's config calls the id that stands for an image's token; "" where it sees no images.
+    refused: why no policy can be applied to it; "" where one can.
     """
 
     model_types: tuple[str, ...]
@@ -52,14 +42,15 @@ class Architecture:
     layers: str = "layers"
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
-    governs: Callable[[Any], tuple[int, ...]] = full_attention
-    way_out: str = ""
+    sinks: bool = False
+    temperature: Callable[[Any, Any], Any] | None = None
     image_token: str = ""
+    refused: str = ""
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every supported architecture by `model_type`, shipped ones first.
+    """Every architecture that can be patched by `model_type`, shipped ones first.
 
     Raises:
         ModelError: two files claim one model type, or a file or plug-in cannot be read; both owners are named.
@@ -73,21 +64,44 @@ def architectures() -> dict[str, Architecture]:
             if model_type in found:
                 raise ModelError(f"two architectures claim model type '{model_type}': {owners[model_type]} and {owner}")
             found[model_type], owners[model_type] = architecture, owner
-    return found
+    return {model_type: architecture for model_type, architecture in found.items() if not architecture.refused}
+
+
+@cache
+def families() -> dict[str, Architecture]:
+    """The architectures by family: those that ship by the name of their file in `patches/`, others by their type."""
+    shipped = {owner.split(".")[-2]: architecture for owner, architecture in _shipped()}
+    types = {each for architecture in shipped.values() for each in architecture.model_types}
+    others = {name: architecture for name, architecture in architectures().items() if name not in types}
+    return {**shipped, **others}
+
+
+def refuse(model_type: str) -> None:
+    """Refuse models of a type that is known to have no place for a policy.
+
+    Raises:
+        ModelError: it is, and why.
+    """
+    for architecture in families().values():
+        if architecture.refused and model_type in architecture.model_types:
+            raise ModelError(f"no policy can be applied to models of type '{model_type}': {architecture.refused}")
 
 
 def architecture_of(model_type: str) -> Architecture:
     """The architecture of a `config.model_type`.
 
     Raises:
-        ModelError: no file in `patches/` and no plug-in states it; the supported ones are named.
+        ModelError: no file in `patches/` and no plug-in states it, and the supported ones are named; or it has no place
+            for a policy.
     """
     known = architectures()
     if model_type in known:
         return known[model_type]
+    refuse(model_type)
     raise ModelError(
-        f"kvpolicy cannot patch models of type '{model_type}'; it knows {', '.join(sorted(known))}. A new family is "
-        f"one file in patches/, or an entry point of group {GROUP}"
+        f"kvpolicy does not know models of type '{model_type}'; it knows {', '.join(sorted(known))}. To try this one "
+        "all the same, untested: --generic, or kvpolicy.apply(…, generic=True). A new family is one file in patches/, "
+        f"or an entry point of group {GROUP}"
     )
 
 

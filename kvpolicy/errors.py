@@ -92,3 +92,7 @@ class PolicyError(KvpolicyError, ValueError):
     def __init__(self, message: str = "", diagnostics: Iterable[Diagnostic] = ()) -> None:
         self.diagnostics = tuple(diagnostics)
         super().__init__(message or "\n".join(str(item) for item in self.diagnostics))
+
+
+class UntestedWarning(UserWarning):
+    """What runs has not been tested with kvpolicy: a family of models that it does not know."""

@@ -6,6 +6,5 @@ ARCHITECTURE = Architecture(
     model_types=("llava",),
     covers="LLaVA 1.5, Pixtral 12B, and what else says model_type llava",
     decoder="language_model",
-    way_out="set sliding_window=None, and layer_types to full_attention where it has them, in its text_config",
     image_token="image_token_id",
 )

@@ -5,5 +5,4 @@ from kvpolicy.architecture import Architecture
 ARCHITECTURE = Architecture(
     model_types=("mistral",),
     covers="Mistral 7B v0.2 and v0.3, Mistral Nemo, Mathstral; v0.1 has a window of 4,096 tokens",
-    way_out="load it with sliding_window=None (the same model up to the window's length), or use a release without one",
 )

@@ -73,7 +73,7 @@ class Environment:
     def listed(self) -> dict[str, list[str]]:
         """Names that the installed command lists, by kind."""
         found = json.loads(sh(self.python.with_name("kvpolicy"), "list", "--json"))
-        return {kind: [item["name"] for item in found[kind]] for kind in ("policies", "architectures")}
+        return {kind: [item["name"] for item in found[kind]] for kind in ("policies", "models")}
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def environment(tmp_path: Path) -> Environment:
 def shipped(folder: Path) -> dict[str, set[str]]:
     return {
         "policies": {path.stem for path in (folder / "policies").glob("**/*.yaml")},
-        "architectures": {path.stem for path in (folder / "patches").glob("[!_]*.py")},
+        "models": {path.stem for path in (folder / "patches").glob("[!_]*.py")},
     }
 
 
@@ -105,7 +105,7 @@ def test_the_sdist_holds_what_a_packager_needs(dist: Path) -> None:
         names = {name.removeprefix(top) for name in content.getnames()}
     assert {"pyproject.toml", "setup.py", "constraints.txt", "Makefile", "tests/test_packaging.py"} <= names
     assert {f"policies/{name}.yaml" for name in shipped(ROOT)["policies"]} <= names
-    assert {f"patches/{name}.py" for name in shipped(ROOT)["architectures"]} <= names
+    assert {f"patches/{name}.py" for name in shipped(ROOT)["models"]} <= names
 
 
 def test_an_installed_wheel_works_from_anywhere(dist: Path, checkout: Path, environment: Environment) -> None:

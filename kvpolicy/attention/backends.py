@@ -47,4 +47,6 @@ def _unsuited(geometry: ModelGeometry) -> str | None:
         return f"the kernels take heads of at most {TRITON_HEAD_DIM} numbers, and these have {geometry.head_dim}"
     if geometry.group > TRITON_GROUP:
         return f"the kernels take at most {TRITON_GROUP} query heads for a KV head, and there are {geometry.group}"
+    if geometry.softcap is not None or geometry.sinks:
+        return "the kernels compute plain softmax, and this model caps its logits or has attention sinks"
     return None

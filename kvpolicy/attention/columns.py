@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.torch_prompt import column_sums
+from kvpolicy.attention.formula import Formula, sink_softmax
+from kvpolicy.attention.torch_prompt import column_sums, sinks_of
 
 SIGNALS = ("attention", "logits")
 HEADS = ("each", "mean", "max", "sum", "logits-max")
@@ -19,7 +20,7 @@ def prompt_scores(
     keys: Tensor,
     query_position: Tensor,
     key_position: Tensor,
-    scaling: float,
+    formula: Formula,
     signal: str,
     heads: str,
 ) -> Tensor:
@@ -28,17 +29,19 @@ def prompt_scores(
     Shapes: query [B, Q, N, D], keys [B, K, S, D], query_position [B, N] (-1 for padding), key_position [B, K, S] (-1
     for a slot that is empty, or outside of what the softmax is taken over) -> float32 [B, K, 1, S], and [B, K, G, S]
     for heads ``each``. A query sees the slots at its own position and before. ``logits-max`` takes the maximum over
-    heads before the softmax, and for ``logits`` after the sum, as ``max`` does.
+    heads before the softmax, which then has no sink, and for ``logits`` after the sum, as ``max`` does.
     """
+
+    sinks = None if formula.sinks is None else sinks_of(formula, *key_position.shape[:2])
 
     def reduce(logits: Tensor, some: slice) -> Tensor:
         if signal == "logits":
             return torch.where(logits.isinf(), 0.0, logits)
         if heads == "logits-max":
-            logits = logits.amax(1, keepdim=True)
-        return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
+            return torch.nan_to_num(torch.softmax(logits.amax(1, keepdim=True), dim=-1), nan=0.0)
+        return torch.nan_to_num(sink_softmax(logits, None if sinks is None else sinks[some]), nan=0.0)
 
-    summed = column_sums(query, keys, query_position, key_position, scaling, reduce)
+    summed = column_sums(query, keys, query_position, key_position, formula, reduce)
     return summed if heads == "each" else reduce_heads(summed, heads)[:, :, None]
 
 

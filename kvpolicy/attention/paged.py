@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.formula import Formula
 from kvpolicy.attention.parts import attend_part
 
 
 def attend_pages(
-    query: Tensor, keys: Tensor, values: Tensor, position: Tensor, index: Tensor, page: int, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, position: Tensor, index: Tensor, page: int, formula: Formula
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query a row over the pages that ``index`` names; here they are gathered first.
 
@@ -26,4 +27,4 @@ def attend_pages(
     slots = torch.where(named, slots, 0)
     rows = slots[..., None].expand(-1, -1, -1, keys.shape[3])
     hidden = ~named | (position.gather(2, slots) < 0)
-    return attend_part(query, keys.gather(2, rows), values.gather(2, rows), hidden, scaling)
+    return attend_part(query, keys.gather(2, rows), values.gather(2, rows), hidden, formula)

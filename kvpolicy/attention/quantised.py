@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpolicy.attention.formula import Formula
 from kvpolicy.attention.parts import attend_part
 from kvpolicy.errors import UsageError
 
@@ -88,14 +89,14 @@ def attend_quantised(
     keys: Quantised,
     values: Quantised,
     position: Tensor,
-    scaling: float,
+    formula: Formula,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query a row over stored keys and values; here they are dequantised first.
 
     Shapes: query [B, K, G, D], position [B, K, S], -1 where a slot is empty. Returns what ``parts.attend_part`` does.
     """
     opened_keys, opened_values = (dequantise(stored, query.dtype) for stored in (keys, values))
-    return attend_part(query, opened_keys, opened_values, position < 0, scaling)
+    return attend_part(query, opened_keys, opened_values, position < 0, formula)
 
 
 def _extremes(numbers: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.formula import Formula
 
-def shared_logits(query: Tensor, keys: Tensor, owner: Tensor, scaling: float) -> Tensor:
+
+def shared_logits(query: Tensor, keys: Tensor, owner: Tensor, formula: Formula) -> Tensor:
     """Scaled q.k in float32, -inf where a slot is empty or another head's.
 
     Shapes: query [B, K, G, D], keys [B, T, D], owner [B, T] (a KV head, -1 for an empty slot) -> [B, K, G, T].
     """
-    logits = torch.matmul((query * scaling).flatten(1, 2), keys.transpose(1, 2)).float()
+    logits = formula.capped(torch.matmul((query * formula.scaling).flatten(1, 2), keys.transpose(1, 2)).float())
     heads = torch.arange(query.shape[1], device=owner.device)
     foreign = owner[:, None] != heads[:, None]
     return logits.unflatten(1, query.shape[1:3]).masked_fill_(foreign[:, :, None], float("-inf"))
@@ -32,11 +34,13 @@ def mix_shared(probabilities: Tensor, values: Tensor) -> Tensor:
     return mixed.unflatten(1, probabilities.shape[1:3])
 
 
-def attend_shared(query: Tensor, keys: Tensor, values: Tensor, owner: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def attend_shared(
+    query: Tensor, keys: Tensor, values: Tensor, owner: Tensor, formula: Formula
+) -> tuple[Tensor, Tensor]:
     """One part of attention, as of ``parts.attend_part``: output [B, K, G, D] and log-sum-exp float32 [B, K, G].
 
     Shapes as in ``shared_logits``, values [B, T, D]. A head that owns no slot has 0 and -inf.
     """
-    logits = shared_logits(query, keys, owner, scaling)
+    logits = shared_logits(query, keys, owner, formula)
     probabilities = torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
     return mix_shared(probabilities, values), torch.logsumexp(logits, dim=-1)

@@ -8,24 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.formula import Formula, sink_softmax
 
-def scaled_logits(query: Tensor, keys: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """Scaled q.k of one query a row in float32, -inf where a slot is hidden.
+
+def scaled_logits(query: Tensor, keys: Tensor, hidden: Tensor, formula: Formula) -> Tensor:
+    """Scaled q.k of one query a row in float32, capped where the model does so, -inf where a slot is hidden.
 
     Shapes: query [B, K, G, D], keys [B, K, S, D], hidden [B, K, S] bool -> [B, K, G, S].
     """
-    logits = torch.matmul(query * scaling, keys.transpose(2, 3)).float()
+    logits = formula.capped(torch.matmul(query * formula.scaling, keys.transpose(2, 3)).float())
     return logits.masked_fill_(hidden[:, :, None], float("-inf"))
 
 
 def attend_slots(
-    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, formula: Formula
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one query a row over the slots, with what scorers read.
 
     Shapes as in ``scaled_logits``, values [B, K, S, D]. Returns output [B, K, G, D], and logits and probabilities
     [B, K, G, S] in float32; what nobody reads is never written by a compiled step.
     """
-    logits = scaled_logits(query, keys, hidden, scaling)
-    probabilities = torch.softmax(logits, dim=-1)
+    logits = scaled_logits(query, keys, hidden, formula)
+    sink = formula.sink(keys.shape[1])
+    probabilities = sink_softmax(logits, None if sink is None else sink[..., None])
     return torch.matmul(probabilities.to(values.dtype), values), logits, probabilities

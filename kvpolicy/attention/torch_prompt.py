@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from kvpolicy.attention.formula import Formula, sink_softmax
+
 MASK_NUMBERS = 1 << 24  # in the mask of a tile of queries
 # Numbers in a tile of scores, and at most so many queries. On a CPU each thread's share of a tile must stay in its
 # cache, and half of what is computed on the diagonal is hidden; elsewhere few launches matter more.
@@ -27,7 +29,7 @@ def attend_prompt(
     values: Tensor,
     query_position: Tensor,
     key_position: Tensor,
-    scaling: float,
+    formula: Formula,
 ) -> Tensor:
     """Causal attention of a prompt pass by position.
 
@@ -35,6 +37,9 @@ def attend_prompt(
     key_position [B, K, S] (-1 for empty slots) -> [B, Q, N, D]. A padding query reads slot 0, so that its (unused)
     result stays finite.
     """
+    if not formula.plain:  # no ready-made kernel computes it
+        given = (query, keys, values, query_position, key_position, formula)
+        return attend_prompt_and_sum(*given, in_order=False, padded=True)[0]
     group = query.shape[1] // keys.shape[1]
     first_slot = torch.arange(keys.shape[2], device=keys.device) == 0
     rows = max(16, MASK_NUMBERS // max(1, query.shape[0] * query.shape[1] * keys.shape[2]))
@@ -45,7 +50,9 @@ def attend_prompt(
         visible = visible | ((position < 0) & first_slot)
         mask = visible[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
         queries = query[:, :, tile]
-        outputs.append(F.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling, enable_gqa=group > 1))
+        outputs.append(
+            F.scaled_dot_product_attention(queries, keys, values, mask, scale=formula.scaling, enable_gqa=group > 1)
+        )
     return torch.cat(outputs, dim=2)
 
 
@@ -55,7 +62,7 @@ def attend_prompt_and_sum(
     values: Tensor,
     query_position: Tensor,
     key_position: Tensor,
-    scaling: float,
+    formula: Formula,
     *,
     in_order: bool,
     padded: bool,
@@ -74,8 +81,11 @@ def attend_prompt_and_sum(
     out = query.new_empty(rows * heads, query.shape[1] // heads, query.shape[2], values.shape[-1])
     sums = torch.zeros(rows * heads, out.shape[1], slots, device=query.device)
     stored = values.flatten(0, 1)
-    for some, tile, logits in _score_tiles(query, keys, query_position, key_position, scaling, in_order, padded):
-        probabilities = torch.softmax(logits, dim=-1, out=logits)
+    for some, tile, logits in _score_tiles(query, keys, query_position, key_position, formula, in_order, padded):
+        if formula.sinks is None:
+            probabilities = torch.softmax(logits, dim=-1, out=logits)
+        else:
+            probabilities = sink_softmax(logits, sinks_of(formula, rows, heads)[some])
         if padded:
             probabilities.nan_to_num_()
         seen, by_query = logits.shape[-1], probabilities.flatten(0, 1)
@@ -86,12 +96,19 @@ def attend_prompt_and_sum(
     return out.view(*query.shape[:3], -1), sums.view(rows, heads, -1, slots)
 
 
+def sinks_of(formula: Formula, rows: int, kv_heads: int) -> Tensor:
+    """The sinks of all rows and KV heads, beside a tile of scores [B * K, G, 1, 1]."""
+    sink = formula.sink(kv_heads)
+    assert sink is not None
+    return sink.repeat(rows, 1)[:, :, None, None]
+
+
 def column_sums(
     query: Tensor,
     keys: Tensor,
     query_position: Tensor,
     key_position: Tensor,
-    scaling: float,
+    formula: Formula,
     reduce: Reduce,
 ) -> Tensor:
     """Sum over the queries of a prompt pass of ``reduce(logits, some)``, whatever that is.
@@ -103,7 +120,7 @@ def column_sums(
     rows, heads, slots = key_position.shape
     active = (query_position >= 0).repeat_interleave(heads, 0)[:, None, :, None]
     total: Tensor | None = None
-    for some, tile, logits in _score_tiles(query, keys, query_position, key_position, scaling, False, True):
+    for some, tile, logits in _score_tiles(query, keys, query_position, key_position, formula, False, True):
         part = torch.where(active[some, :, tile], reduce(logits, some), 0.0).sum(dim=2)
         if total is None:
             total = part.new_zeros(rows * heads, *part.shape[1:])
@@ -117,13 +134,13 @@ def _score_tiles(
     keys: Tensor,
     query_position: Tensor,
     key_position: Tensor,
-    scaling: float,
+    formula: Formula,
     in_order: bool,
     padded: bool,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tiles of the masked float32 scores: which of the B * K heads, which columns, logits [H, G, n, seen slots]."""
     rows, heads, slots = key_position.shape
-    grouped = rearrange(query * scaling, "b (k g) n d -> (b k) g n d", k=heads)
+    grouped = rearrange(query * formula.scaling, "b (k g) n d -> (b k) g n d", k=heads)
     transposed = rearrange(keys, "b k s d -> (b k) d s").contiguous()
     group, columns = grouped.shape[1:3]
     numbers, widest = _tile_size(query.device)
@@ -139,7 +156,7 @@ def _score_tiles(
             queries = grouped[some, :, tile].flatten(1, 2)
             scores = room[: queries.shape[0] * queries.shape[1] * seen].view(*queries.shape[:2], seen)
             torch.bmm(queries, transposed[some, :, :seen], out=scores)
-            logits = scores.float().unflatten(1, (group, -1))
+            logits = formula.capped(scores.float().unflatten(1, (group, -1)))
             if in_order and not padded:
                 corner = logits[..., tile.start : seen]
                 corner += later[: corner.shape[-2], : corner.shape[-1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,11 +20,14 @@ from kvpolicy.cli import output
 from kvpolicy.cli.arguments import Json, Model, PromptFile, PromptText, Settings, Spec, parse_settings
 from kvpolicy.cli.page import mib
 from kvpolicy.cli.picture import strip
-from kvpolicy.errors import UsageError
+from kvpolicy.errors import UntestedWarning, UsageError
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.models.processes import processes
 
 if TYPE_CHECKING:
     from kvpolicy.lab.running import Outcome, Request
+
+TOGETHER = True
 
 EPILOG = (
     "Examples: kvpolicy apply raas --set budget=200; kvpolicy apply scope-slide builtin:smollm2 -f story.txt --set "
@@ -44,6 +48,9 @@ def run(
     ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Let the full cache read along, and compare at every token.")
+    ] = False,
+    generic: Annotated[
+        bool, typer.Option("--generic", help="Try a model of a type that kvpolicy does not know, untested.")
     ] = False,
     save: Annotated[Path | None, typer.Option("--save", help="Save model, tokenizer and policy to a folder.")] = None,
     must_evict: Annotated[
@@ -67,20 +74,29 @@ def run(
     from kvpolicy.models import load_model
     from kvpolicy.patching import applied
 
-    request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense)
+    here = processes()
+    request = Request(text, new_tokens, compile, chat, temperature, top_p, seed, compare_dense, generic)
     with output.busy(f"loading {model}"):
-        loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
-    output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device)))}[/]")
-    write = writer(json)
-    with asked_to_stop() as stop:
-        outcome = run_policy(
-            loaded, tokenizer, model, policy, request, write=write, stop=stop, tell=partial(progress, json)
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=dtype, shard=True, notify=lambda line: output.note(escape(line))
         )
+    output.note(f"[dim]{escape(introduction(policy, model, request, str(loaded.device), here.count))}[/]")
+    write = writer(json)
+    silent = warnings.catch_warnings(action="ignore", category=UntestedWarning)  # `warn` says it
+    with asked_to_stop() as stop, silent:
+        outcome = run_policy(
+            loaded, tokenizer, model, policy, request, write=write, stop=lambda: here.any(stop()),
+            tell=partial(progress, json),
+        )  # fmt: skip
     write("\n")
     if save is not None:
-        with applied(loaded, policy):
+        with (
+            warnings.catch_warnings(action="ignore", category=UntestedWarning),
+            applied(loaded, policy, generic=generic),
+        ):
             loaded.save_pretrained(save)
-            tokenizer.save_pretrained(save)
+            if here.first:
+                tokenizer.save_pretrained(save)
         output.note(f"saved to {escape(str(save))}; kvpolicy.from_pretrained brings model and policy back")
     if json:
         output.json_object(outcome.to_dict())
@@ -140,7 +156,7 @@ def _check_folder(save: Path | None) -> None:
     try:
         save.mkdir(parents=True, exist_ok=True)
         (save / ".kvpolicy").touch()
-        (save / ".kvpolicy").unlink()
+        (save / ".kvpolicy").unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot save to {save}: {error.strerror}") from None
 
@@ -152,12 +168,15 @@ def progress(json: bool, line: str) -> None:
     output.note(f"[dim]{escape(line)}[/]")
 
 
-def introduction(policy: Policy, model: str, request: Request, device: str) -> str:
+def introduction(policy: Policy, model: str, request: Request, device: str, ranks: int) -> str:
     """What is about to run, and whether it is compiled and why."""
-    compiled, why = request.compiles(device)
+    compiled, why = request.compiles(device, ranks)
     waits = "so the first steps take a while" if compiled is True else "and tokens come eagerly until then"
     how = f"compiled ({why}), {waits}" if compiled else f"not compiled ({why})"
-    return f"{policy.name} under {model} on {device}, {how}"
+    where = (
+        device if ranks == 1 else f"{ranks} processes, each with {device.partition(':')[0]} and its part of the heads"
+    )
+    return f"{policy.name} under {model} on {where}, {how}"
 
 
 @contextmanager
@@ -217,12 +236,18 @@ def account(outcome: Outcome) -> Iterator[tuple[str, str]]:
     ended = {"text": "the text ended there", "length": "as many as asked for", "interrupted": "interrupted"}
     asked = "" if outcome.ended == "length" else f" of {outcome.max_new_tokens:,}"
     yield "tokens", f"{outcome.prompt_tokens:,} prompt, {outcome.new_tokens:,}{asked} new ({ended[outcome.ended]})"
+    if outcome.untested_type is not None:
+        yield (
+            "untested",
+            f"kvpolicy does not know models of type {outcome.untested_type}; its layers were found by their structure",
+        )
     planned = "as planned" if outcome.cache_bytes == outcome.planned_cache_bytes else "NOT as planned"
+    each = f" in each of {outcome.ranks} processes" if outcome.ranks > 1 else ""
     saved = 1 - outcome.cache_bytes / max(1, outcome.dense_cache_bytes)
     share = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
     yield (
         "cache",
-        f"{mib(outcome.cache_bytes)}, {planned}; the full cache takes {mib(outcome.dense_cache_bytes)}: {share}",
+        f"{mib(outcome.cache_bytes)}{each}, {planned}; the full cache takes {mib(outcome.dense_cache_bytes)}: {share}",
     )
     kept = f"at most {outcome.resident_peak:,} tokens after an update (bound {outcome.resident_bound:,})"
     yield "resident", f"{kept}, {outcome.held_peak:,} during a step ({outcome.slots:,} slots)"
@@ -251,7 +276,14 @@ def agreement_words(agreement: dict[str, Any]) -> str:
 
 
 def warn(outcome: Outcome) -> None:
-    """Say loudly that nothing was evicted, also where remarks are off: the run then says nothing about the policy."""
+    """Say loudly what the run says nothing about, also where remarks are off: a model of a type that nobody tested, or
+    a policy that evicted nothing."""
+    if outcome.untested_type is not None:
+        output.stderr().print(
+            f"[bold yellow]UNTESTED:[/] kvpolicy does not know models of type {escape(outcome.untested_type)}. It "
+            "found the layers by their structure, and over a few tokens, all kept, they gave the model's own logits.",
+            soft_wrap=True,
+        )
     if outcome.evicted or not outcome.can_evict:
         return
     numbers = " ".join(f"{name}={value}" for name, value in outcome.params.items())

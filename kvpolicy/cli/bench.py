@@ -22,6 +22,7 @@ from kvpolicy.cli.texts import with_settings
 from kvpolicy.errors import KvpolicyError, UsageError
 from kvpolicy.language import load_policy
 from kvpolicy.language.vocabulary import nearest
+from kvpolicy.models.processes import processes
 from kvpolicy.models.shapes import SHAPES, config_named
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_SHAPE = "smollm2-135m"
 OWN = "own"
 AGAINST = ("dense", "dense-at-budget", "hf-dynamic", "hf-dynamic-at-budget", "hf-static", "hf-flex")
+
+TOGETHER = True
 
 EPILOG = (
     "Examples: kvpolicy bench h2o raas --budget 1k --context 4k; kvpolicy bench scope-slide -m builtin:tiny --context "
@@ -158,7 +161,8 @@ def run(
         bench = Bench(subject_model, subjects, Options(compile=compiled, **asked), tell)
         name = model or f"{shape or DEFAULT_SHAPE}, {subject_model.config.num_hidden_layers} layers, random weights"
         report = measure(bench, f"{name}, {bench.shape.dtype}", extra)
-    finish(report, files, json)
+    if processes().first:
+        finish(report, files, json)
 
 
 def measure(bench: Bench, name: str, extra: Extra) -> Report:
@@ -176,10 +180,12 @@ def measure(bench: Bench, name: str, extra: Extra) -> Report:
     if extra.seen is None:
         report = bench.run(name)
         report.memory = extra.memory or total(bench.device)
-        report.capacities = list(capacities(bench, report.memory, run=extra.throughput))
+        memory = report.memory
+        report.capacities = processes().told(lambda: list(capacities(bench, memory, run=extra.throughput)))
     else:
         report = Report(name, bench.device_name, bench.bandwidth, bench.weights, total(bench.device))
         report.growths = growths(bench, extra.seen)
+        report.notes += bench.notes
     report.environment = environment(bench.device)
     report.command = f"kvpolicy {' '.join(sys.argv[1:])}"
     return report

@@ -16,7 +16,7 @@ from kvpolicy.cli.words import costs, pool_answers
 from kvpolicy.errors import UsageError
 from kvpolicy.language import load_policy
 from kvpolicy.models.shapes import SHAPES, shape_named, shape_of
-from kvpolicy.plan import LayerPlan, Plan, PoolPlan, make_plan, unsupported
+from kvpolicy.plan import LayerPlan, Plan, PoolPlan, gathered, make_plan, on_rank, unsupported
 from kvpolicy.plan.signals import layer_needs
 from kvpolicy.plan.timeline import PoolTimeline, timeline
 
@@ -44,6 +44,9 @@ def run(
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Rows of the cache.")] = 1,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the model's own.")] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="This layer alone; -1 is the last.")] = None,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="Also what each of so many processes holds that share the heads.")
+    ] = 1,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
@@ -54,7 +57,8 @@ def run(
     geometry = shape_of(model or DEFAULT_MODEL, dtype) if shape is None else shape_named(shape, dtype)
     prompt, new = tokens(context, "--context"), tokens(new_tokens, "--max-new-tokens")
     plan = make_plan(policy, geometry, batch=batch, prompt=prompt, max_new_tokens=new)
-    explained = Explained(plan, shape or model or DEFAULT_MODEL, list(groups(plan, layer)))
+    shares = tuple(on_rank(plan, rank, ranks).bytes for rank in range(ranks)) if ranks > 1 else ()
+    explained = Explained(plan, shape or model or DEFAULT_MODEL, list(groups(plan, layer)), shares)
     if json:
         output.json_object(facts(explained))
         return
@@ -87,11 +91,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Explained:
-    """A plan, the model that it is for, and its layers in groups of equal numbers."""
+    """A plan, the model that it is for, and its layers in groups of equal numbers; ``shares`` are the bytes of each
+    rank where several share the heads."""
 
     plan: Plan
     model: str
     groups: list[Group]
+    shares: tuple[int, ...] = ()
 
     @property
     def refusals(self) -> list[str]:
@@ -145,11 +151,22 @@ def facts(explained: Explained) -> dict[str, Any]:
         "dense_cache_bytes": plan.dense_bytes,
         "resident_bound": plan.resident_bound,
         "prompt_peak": plan.prompt_peak,
+        "ranks": _rank_facts(explained) if explained.shares else None,
         "never_fires": plan.never_fires,
         "never_evicts": explained.never_evicts,
         "unsupported": explained.refusals,
         "clocks": [vars(buffer) | {"bytes": buffer.bytes} for buffer in plan.clocks],
         "layers": [_group_facts(group, plan) for group in explained.groups],
+    }
+
+
+def _rank_facts(explained: Explained) -> dict[str, Any]:
+    step, prompt = gathered(explained.plan)
+    return {
+        "count": len(explained.shares),
+        "cache_bytes": list(explained.shares),
+        "gathered_bytes_per_update": step,
+        "gathered_bytes_per_prompt": prompt,
     }
 
 

@@ -1,4 +1,4 @@
-"""`kvpolicy list`: the policies, signals, models and architectures that are installed, read off the installation."""
+"""`kvpolicy list`: the policies, signals, families of models and built-in models, read off the installation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from kvpolicy.architecture import architectures
-from kvpolicy.cli import methods, output
+from kvpolicy.architecture import families as shipped_families
+from kvpolicy.cli import families, methods, output
 from kvpolicy.cli.arguments import Json
 from kvpolicy.cli.page import wrapped
 from kvpolicy.cli.words import listed
@@ -19,14 +19,14 @@ from kvpolicy.language import load_policy, shipped_policies
 from kvpolicy.language.signals import clash, definition, origin, signal_names
 from kvpolicy.models import builtin_models
 
-EPILOG = "Examples: kvpolicy list; kvpolicy list policies --verbose; kvpolicy list --json."
+EPILOG = "Examples: kvpolicy list; kvpolicy list policies --verbose; kvpolicy list models; kvpolicy list --json."
 
 
 class Kind(StrEnum):
     policies = "policies"
     signals = "signals"
     models = "models"
-    architectures = "architectures"
+    builtins = "builtins"
 
 
 def run(
@@ -34,8 +34,8 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More about each.")] = False,
     json: Json = False,
 ) -> None:
-    """List what is installed: policies, signals, built-in models, architectures."""
-    more = verbose or json
+    """List what is installed: policies, signals, the families of models that can be patched, built-in models."""
+    more = verbose or json or kind == Kind.models
     found = {each.value: FINDERS[each](more) for each in ([kind] if kind else Kind)}
     if json:
         output.json_object(found)
@@ -45,6 +45,8 @@ def run(
             output.data("")
         if verbose and title == Kind.policies:
             _describe(entries)
+        elif more and title == Kind.models:
+            _matrix(entries)
         else:
             _show(title, entries, verbose)
 
@@ -82,6 +84,11 @@ def _pool_words(pool: dict[str, Any]) -> str:
     return f"{pool['name']} {pool['memory']}, {stays}{pages}{bits}{reads}"
 
 
+def _matrix(entries: list[dict[str, Any]]) -> None:
+    """Families by their layers, as transformers' default configs have them, and where they were tested."""
+    output.table(families.COLUMNS, [[escape(cell) for cell in families.row(entry)] for entry in entries])
+
+
 def _show(title: str, entries: list[dict[str, Any]], verbose: bool) -> None:
     columns = [key for key in (entries[0] if entries else {}) if verbose or key in ("name", "summary")]
     rows = [[_cell(entry[key]) for key in columns] for entry in entries]
@@ -115,18 +122,20 @@ def _meaning(signal: str) -> str:
 
 
 def models(more: bool) -> list[dict[str, Any]]:
+    """Families of models that a policy can be applied to; ``more`` asks transformers for their layers."""
+    if more:
+        return families.rows()
+    return [{"name": name, "summary": entry.covers} for name, entry in sorted(shipped_families().items())]
+
+
+def builtins(more: bool) -> list[dict[str, Any]]:
     """Models that come with kvpolicy, or that it can fetch by itself."""
     return [{"name": model.name, "summary": model.summary} for model in builtin_models()]
-
-
-def supported_architectures(more: bool) -> list[dict[str, Any]]:
-    """Model types that a policy can be applied to."""
-    return [{"name": name, "summary": entry.covers} for name, entry in sorted(architectures().items())]
 
 
 FINDERS: dict[Kind, Callable[[bool], list[dict[str, Any]]]] = {
     Kind.policies: policies,
     Kind.signals: signals,
     Kind.models: models,
-    Kind.architectures: supported_architectures,
+    Kind.builtins: builtins,
 }

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 import kvpolicy
 from kvpolicy.cli import output
 from kvpolicy.cli.arguments import with_display_options
+from kvpolicy.cli.together import among_processes, on_first_process
 from kvpolicy.errors import KvpolicyError
 
 VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported when the verb is used or listed
@@ -60,7 +61,8 @@ def command_of(verb: str) -> Any:
     """The command of a verb, as typer builds it."""
     module = import_module(f"kvpolicy.cli.{verb}")
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(verb, epilog=module.EPILOG, context_settings=_SETTINGS)(with_display_options(module.run))
+    run = module.run if getattr(module, "TOGETHER", False) else on_first_process(module.run)
+    app.command(verb, epilog=module.EPILOG, context_settings=_SETTINGS)(with_display_options(run))
     return typer.main.get_command(app)
 
 
@@ -95,7 +97,7 @@ def _command() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code."""
-    with output.session():
+    with output.session(), among_processes(sys.argv[1:] if argv is None else argv):
         try:
             code = _run(argv)
             sys.stdout.flush()

@@ -20,6 +20,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from kvpolicy.cli.together import heard_once
 from kvpolicy.errors import Diagnostic, KvpolicyError, PolicyError, UsageError
 
 SCHEMA_VERSION = 1
@@ -163,17 +164,26 @@ def diagnostic(item: Diagnostic) -> Text:
 
 def error(fault: KvpolicyError) -> None:
     """Print an error that is the user's to mend: one message, all of a policy's mistakes, never a traceback."""
-    console = stderr()
-    _traceback_if_debugging(fault)
-    if isinstance(fault, PolicyError) and fault.diagnostics:
-        for item in fault.diagnostics:
-            console.print(diagnostic(item), soft_wrap=True)
-    else:
-        console.print(f"[bold red]error:[/] {escape(str(fault))}", soft_wrap=True)
+    with heard_once(str(fault)) as heard:
+        if not heard:
+            return
+        console = stderr()
+        _traceback_if_debugging(fault)
+        if isinstance(fault, PolicyError) and fault.diagnostics:
+            for item in fault.diagnostics:
+                console.print(diagnostic(item), soft_wrap=True)
+        else:
+            console.print(f"[bold red]error:[/] {escape(str(fault))}", soft_wrap=True)
 
 
 def bug(fault: Exception) -> None:
     """Print a fault that is ours to mend: where it happened, and what a report should hold."""
+    with heard_once(str(fault)) as heard:
+        if heard:
+            _report(fault)
+
+
+def _report(fault: Exception) -> None:
     _traceback_if_debugging(fault)
     where = ""
     if frames := traceback.extract_tb(fault.__traceback__):

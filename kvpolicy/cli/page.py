@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from kvpolicy.cli import picture
 from kvpolicy.cli.words import costs, plural, pool_answers
-from kvpolicy.plan import Plan
+from kvpolicy.plan import Plan, gathered
 from kvpolicy.plan.timeline import PoolTimeline
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def page(explained: Explained) -> Iterator[str]:
     yield from _others(explained)
     yield ""
     yield from _memory(explained.plan)
+    yield from _shares(explained)
 
 
 def _title(explained: Explained) -> Iterator[str]:
@@ -61,6 +62,13 @@ def _title(explained: Explained) -> Iterator[str]:
         f"{plan.max_new_tokens:,} to generate. Tokens and slots are counted per layer, row and KV head.",
         "",
     )
+    if shape.local:
+        spans = " or ".join(f"{span:,}" for span in sorted({layer.span for layer in shape.local}))
+        yield from wrapped(
+            f"{plural(len(shape.local), 'more layer')} attend to the last {spans} tokens only. The policy does not "
+            "touch them, and numbers its layers without them.",
+            "",
+        )
 
 
 def _warnings(explained: Explained) -> Iterator[str]:
@@ -155,18 +163,33 @@ def _others(explained: Explained) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     most = max(plan.bytes, plan.dense_bytes)
-    stored = sum(b.bytes for layer in plan.layers for b in layer.buffers if b.holds_tokens)
+    stored = sum(b.bytes for layer in (*plan.layers, *plan.local) for b in layer.buffers if b.holds_tokens)
     saving = 1 - plan.bytes / plan.dense_bytes if plan.dense_bytes else 0.0
     share = f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'}"
     yield f"[bold]Memory[/]: {share} than the full cache at the same lengths"
     yield f"  full cache  {picture.bar(plan.dense_bytes, most)} {mib(plan.dense_bytes)}"
     books = f"of it {mib(plan.bytes - stored)} bookkeeping"
+    if plan.local:
+        books += f" and {mib(plan.local_bytes)} for layers that no policy touches"
     yield f"  this cache  {picture.bar(plan.bytes, most)} {mib(plan.bytes)}, {books}"
     yield from wrapped(
         f"While the prompt is read, one layer at a time holds up to {plural(plan.prompt_peak, 'token')}: its slots and "
         f"{_beside_slots(plan)}.",
         "  ",
     )
+
+
+def _shares(explained: Explained) -> Iterator[str]:
+    """What each of several ranks holds, and what they tell one another."""
+    if not explained.shares:
+        return
+    alike = len(set(explained.shares)) == 1
+    held = mib(explained.shares[0]) if alike else ", ".join(map(mib, explained.shares))
+    step, prompt = gathered(explained.plan)
+    told = [f"{mib(step)} at each update of a step"] if step else []
+    told += [f"{mib(prompt)} at the end of a prompt"] if prompt else []
+    put = f"they gather {' and '.join(told)}, all layers together" if told else "no scores pass between them"
+    yield from wrapped(f"Each of {len(explained.shares)} ranks holds {held}; {put}.", "  ")
 
 
 def _beside_slots(plan: Plan) -> str:

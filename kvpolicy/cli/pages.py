@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from kvpolicy.architecture import architectures
+from kvpolicy.architecture import families as shipped_families
 from kvpolicy.cli import methods
 from kvpolicy.cli.reference import render_commands, render_verbs
 from kvpolicy.language import load_policy, shipped_policies
@@ -69,11 +69,12 @@ def _plain(text: str) -> str:
 
 
 def families() -> str:
-    """Every architecture family that can be patched."""
-    rows = ["| model type | covers |", "| --- | --- |"]
-    rows += [
-        f"| `{model_type}` | {architecture.covers} |" for model_type, architecture in sorted(architectures().items())
-    ]
+    """Every family of models that can be patched."""
+    rows = ["| family | model types | covers |", "| --- | --- | --- |"]
+    for name, family in sorted(shipped_families().items()):
+        types = ", ".join(f"`{model_type}`" for model_type in family.model_types)
+        covers = f"{family.covers}: refused, {family.refused}" if family.refused else family.covers
+        rows.append(f"| [{name}](patches/{name}.py) | {types} | {covers} |")
     return "\n".join(rows)
 
 

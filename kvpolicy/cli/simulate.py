@@ -20,9 +20,12 @@ from kvpolicy.errors import KvpolicyError, UsageError
 from kvpolicy.language import load_policy
 from kvpolicy.language.nodes import Scalar, shown
 from kvpolicy.language.vocabulary import nearest
+from kvpolicy.models.processes import processes
 
 if TYPE_CHECKING:
     from kvpolicy.lab.simulation import Course, Simulation
+
+TOGETHER = True
 
 EPILOG = (
     "Examples: kvpolicy simulate raas h2o --pattern milestone,at=40,until=90 --set budget=32 --set page_size=4 "
@@ -109,6 +112,8 @@ def run(
     if not watch:
         perform(request)
         return
+    if processes().count > 1:
+        raise UsageError("--watch waits for one person at one terminal; run it in one process")
     if json or "-" in specs:
         raise UsageError(f"--watch shows pictures of files, and does not go with {'--json' if json else '- (stdin)'}")
     for _ in watched([*specs, *([trace] if trace else [])]):
@@ -131,12 +136,16 @@ def perform(request: Request) -> None:
     policies = with_settings(policies, request.settings, origin.params)
     said = origin.text(policies[0])
     labels = distinct(request.specs, [policy.name for policy in policies])
-    simulations = []
-    for policy, label in zip(policies, labels, strict=True):
-        with progress(label) as tell:
-            simulations.append(simulate(policy, said, label=label, progress=tell, **request.place))
+
+    def simulated(number: int) -> Simulation:
+        with progress(labels[number]) as tell:
+            return simulate(policies[number], said, label=labels[number], progress=tell, **request.place)
+
+    here = processes()
+    simulations = here.spread(range(len(policies)), simulated)
     missed = list(failures(simulations, request.limits))
-    draw(request, origin, simulations)
+    if here.first:
+        draw(request, origin, simulations)
     if request.json:
         facts = [_facts(spec, simulation) for spec, simulation in zip(request.specs, simulations, strict=True)]
         output.json_object({**_text_facts(origin, simulations), "specs": facts, "failed": missed})

@@ -6,6 +6,10 @@ Each policy gets one line of JSON as soon as it is done, and a second run with t
 ended, so that a night that is cut short is not lost. Tokens are drawn at random with one seed, the same for all: a
 small model that is greedy repeats itself under the full cache too. Exit code 1 where a policy fails.
 
+A policy runs at the sizes that it ships with, halved until something is dropped. Where it then babbles, it runs again
+with its sizes doubled, as often as something is still dropped: whether it is the loss that the model cannot bear, or
+something that is broken, shows there. Its line tells both.
+
 What counts as babble, against the full cache on the same prompt: one token again and again for more than twice the full
 cache's longest run (and at least RUN tokens), or less than half of its variety in the newest half of the text.
 """
@@ -17,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ SCALED = 64
 """Params of at least so many tokens are sizes, and are halved until a policy has something to drop."""
 
 HALVINGS = 6
+DOUBLINGS = 3
 REFERENCE = "dense"
 COMPILE: dict[str, bool | str] = {"inductor": True, "eager": "eager", "no": False}
 DEMO = Path(__file__).parents[1] / "models" / "prompts" / "demo.txt"
@@ -105,25 +110,50 @@ def busy(policy: Policy, geometry: ModelGeometry, prompt: int, tokens: int) -> P
     for halving in range(HALVINGS):
         try:
             smaller = policy.bind(**{name: value >> halving for name, value in sizes.items()}) if halving else policy
-            plan = make_plan(smaller, geometry, prompt=prompt, max_new_tokens=tokens)
         except KvpolicyError:
             continue
-        selects = any(
-            pool.read is not None and (pool.read.top.constant or 0) < prompt
-            for layer in plan.layers
-            for pool in layer.pools
-        )
-        if selects or any(line.evicted for layer in plan.layers for line in timeline(plan, layer)):
+        if leaves_out(smaller, geometry, prompt, tokens):
             return smaller
     return policy
 
 
+def roomier(policy: Policy, geometry: ModelGeometry, prompt: int, tokens: int) -> Iterator[Policy]:
+    """The policy with its sizes doubled, and doubled again, as long as it still leaves something out."""
+    for doubling in range(1, DOUBLINGS + 1):
+        sizes = {
+            name: f"{1 << doubling} * ({param.value.text})"
+            for name, param in policy.params.items()
+            if param.value.names or (param.value.constant or 0) >= SCALED
+        }
+        try:
+            larger = policy.bind(**sizes)
+        except KvpolicyError:
+            return
+        if not sizes or not leaves_out(larger, geometry, prompt, tokens):
+            return
+        yield larger
+
+
+def leaves_out(policy: Policy, geometry: ModelGeometry, prompt: int, tokens: int) -> bool:
+    """Whether it drops tokens of such a text, or leaves some unread; not where it has no plan."""
+    try:
+        plan = make_plan(policy, geometry, prompt=prompt, max_new_tokens=tokens)
+    except KvpolicyError:
+        return False
+    selects = any(
+        pool.read is not None and (pool.read.top.constant or 0) < prompt
+        for layer in plan.layers
+        for pool in layer.pools
+    )
+    return selects or any(line.evicted for layer in plan.layers for line in timeline(plan, layer))
+
+
 @torch.no_grad()
-def write(setting: Setting, policy: Policy) -> Row:
-    """One policy's text, step by step through the project's own loop."""
+def write(setting: Setting, policy: Policy, sized: Policy | None = None) -> Row:
+    """One policy's text, step by step through the project's own loop; ``sized``: with other sizes than `busy`'s."""
     model, (prompt, tokens) = setting.model, (setting.prompt, setting.tokens)
     geometry = ModelGeometry.from_config(model.config)
-    small = busy(policy, geometry, prompt.shape[1], tokens)
+    small = sized or busy(policy, geometry, prompt.shape[1], tokens)
     refused = list(
         dict.fromkeys(unsupported(make_plan(small, geometry, prompt=prompt.shape[1], max_new_tokens=tokens)))
     )
@@ -171,10 +201,10 @@ def longest_run(said: Sequence[int]) -> int:
     return longest
 
 
-def attempted(setting: Setting, policy: Policy) -> Row:
+def attempted(setting: Setting, policy: Policy, sized: Policy | None = None) -> Row:
     """``write``, where a fault is a row too: one policy's must not end a night's run for the others."""
     try:
-        return write(setting, policy)
+        return write(setting, policy, sized)
     except Exception as fault:
         reason = str(fault).strip().partition("\n")[0]
         return setting.row(policy, "failed", f"{type(fault).__name__}: {reason}")
@@ -182,14 +212,14 @@ def attempted(setting: Setting, policy: Policy) -> Row:
 
 def judged(row: Row, full: Row) -> Row:
     """The row, failed where it babbles and the full cache does not."""
-    wrong = [row.why] if row.why else []
+    wrong = [row.why] if row.status == "failed" else []
     if row.longest_run > max(RUN, 2 * full.longest_run):
         wrong.append(f"the same token {row.longest_run} times in a row; under the full cache {full.longest_run}")
     if row.seconds and 2 * row.variety < full.variety:
         wrong.append(f"{row.variety} different tokens in the newest half; under the full cache {full.variety}")
     if row.status == "refused" or not wrong:
         return row
-    return Row(**{**asdict(row), "status": "failed", "why": "; ".join(wrong)})
+    return replace(row, status="failed", why="; ".join(wrong))
 
 
 def run(setting: Setting, names: Sequence[str], earlier: Sequence[Row] = ()) -> Iterator[Row]:
@@ -200,7 +230,18 @@ def run(setting: Setting, names: Sequence[str], earlier: Sequence[Row] = ()) -> 
         policy = load_policy(name)
         row = known.get(setting.row(policy, "").key) or attempted(setting, policy)
         full = full or row
-        yield judged(row, full)
+        verdict = judged(row, full)
+        yield verdict if row.status != "ok" or verdict.status == "ok" else again(setting, policy, verdict, full)
+
+
+def again(setting: Setting, policy: Policy, babble: Row, full: Row) -> Row:
+    """A policy that babbles, with more room; what it did at its own sizes stays in the row."""
+    geometry, prompt = ModelGeometry.from_config(setting.model.config), setting.prompt.shape[1]
+    for larger in roomier(policy, geometry, prompt, setting.tokens):
+        row = judged(attempted(setting, policy, larger), full)
+        if row.status == "ok" and (row.evicted or row.resident):
+            return replace(row, why=f"at its own sizes: {babble.why}")
+    return babble
 
 
 def prompt_for(spec: str, tokenizer: Any) -> torch.Tensor:
@@ -254,7 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
         if row not in earlier:
             append(given.out, row)
-        told = row.why or f"{row.evicted:,} left, {row.resident:,} stay, {row.graphs} graphs, {row.seconds:.0f} s"
+        told = f"{row.evicted:,} left, {row.resident:,} stay, {row.graphs} graphs, {row.seconds:.0f} s"
+        told = ": ".join(filter(None, (told * (row.status == "ok"), row.why)))
         print(f"[{at}/{len({REFERENCE, *names})}] {row.policy:30} {row.status:8} {told}", flush=True)
     bad = [row.policy for row in rows if row.status != "ok"]
     print(

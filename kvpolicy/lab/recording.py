@@ -104,15 +104,18 @@ def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ModelError: the model has no such layer, or one that attends to less than the whole text.
     """
-    config = decoder_config(model)
-    known = architecture_of(model.config.model_type).governs(config)
+    architecture, shape = architecture_of(model.config.model_type), ModelGeometry.from_config(model.base_model.config)
+    if shape.softcap is not None or architecture.sinks or architecture.temperature is not None:
+        raise ModelError(
+            "a trace holds queries and keys, and attention is computed from them by softmax alone; a model of type "
+            f"{shape.model_type} caps its logits, has attention sinks or tempers its queries, and would have another"
+        )
+    known = shape.governed
     for layer in asked:
         if layer not in known:
-            why = "attends through a sliding window" if 0 <= layer < config.num_hidden_layers else "is not there"
-            last = config.num_hidden_layers - 1
+            why = "attends to the text nearby only" if 0 <= layer < shape.depth else "is not there"
+            last = shape.depth - 1
             raise ModelError(f"layer {layer} {why}; this model's layers are 0..{last}, give others with --layers")
-    if not known:
-        raise ModelError("all layers of this model attend through a sliding window; there is no full cache to record")
     return tuple(asked) or tuple(known)
 
 

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 import kvpolicy
+from kvpolicy.architecture import architectures
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab.fidelity import Referee
 from kvpolicy.lab.watching import StopWhen, Watch, Write
@@ -29,7 +30,7 @@ from kvpolicy.runtime import DecodeLoop, PolicyCache
 @dataclass(frozen=True)
 class Request:
     """What to run. ``compile`` as ``kvpolicy.apply`` takes it, None: on CUDA only, while tokens already come.
-    ``temperature`` 0: greedy. ``top_p`` needs a temperature."""
+    ``temperature`` 0: greedy. ``top_p`` needs a temperature. ``generic`` as ``apply`` takes it."""
 
     prompt: str
     max_new_tokens: int = 256
@@ -39,11 +40,17 @@ class Request:
     top_p: float | None = None
     seed: int = 0
     compare_dense: bool = False
+    generic: bool = False
 
-    def compiles(self, device: str) -> tuple[bool | str, str]:
-        """Whether steps are compiled on this device, or in which way, and why."""
+    def compiles(self, device: str, known: bool = True, ranks: int = 1) -> tuple[bool | str, str]:
+        """Whether steps are compiled on this device, or in which way, and why; ``known``: of the model's family;
+        ``ranks`` share the model."""
         if self.compile is not None:
             return self.compile, "as asked"
+        if not known:
+            return False, "nobody tested models of this type; --compile forces it"
+        if device.startswith("cuda") and ranks > 1:
+            return True, "as on every GPU; --no-compile does without"
         if device.startswith("cuda"):
             return BACKGROUND, "in another process, as on every GPU; --compile waits for it, --no-compile does without"
         return False, "on a CPU that takes half a minute, more than a short text gains; --compile forces it"
@@ -56,7 +63,9 @@ class Outcome:
     Tokens are the most of any layer, row and KV head: ``resident_peak`` after an update, where the plan allows
     ``resident_bound``; ``held_peak`` in the middle of a step, where there are ``slots``. ``evicted`` is summed over all
     layers and KV heads. ``residents`` are (t, tokens) after updates. ``tokens_per_second`` leaves the prompt and the
-    compilation of steps out. ``ended`` is "text", "length" or "interrupted".
+    compilation of steps out. ``ended`` is "text", "length" or "interrupted". ``untested_type`` is the model's, where
+    kvpolicy does not know it. Where several ``ranks`` share the model, counts are those of the whole model, and bytes
+    those of one rank, the fullest.
     """
 
     policy: str
@@ -91,7 +100,9 @@ class Outcome:
     seed: int
     dtype: str
     device: str
+    ranks: int = 1
     agreement: dict[str, Any] | None = None
+    untested_type: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +145,7 @@ def run_policy(
     Args:
         name: what the model is called in the outcome.
         write: gets the text piece by piece.
-        stop: asked after every token; True ends the text there.
+        stop: asked after every token; True ends the text there. Ranks that share the model must all be told the same.
         tell: gets a line when another process begins to compile, and one when it is done.
 
     Raises:
@@ -142,10 +153,12 @@ def run_policy(
     """
     ids = encode(tokenizer, request).to(model.device)
     plan = plan_for(model, policy, ids.shape[1], request.max_new_tokens)
-    compiled, reason = request.compiles(str(model.device))
+    known = model.config.model_type in architectures()
+    ranks = getattr(model, "_tp_size", None) or 1
+    compiled, reason = request.compiles(str(model.device), known, ranks)
     options = sampling(request, tokenizer)
     torch.manual_seed(request.seed)
-    with applied(model, policy, compile=compiled, special_tokens=tokenizer):
+    with applied(model, policy, compile=compiled, special_tokens=tokenizer, generic=request.generic):
         compiler = patch_of(model).compiler
         if isinstance(compiler, BackgroundCompiler):
             compiler.notify = tell
@@ -169,6 +182,7 @@ def run_policy(
                 **options,
             )
         watch.residents.note(last=True)
+        after, kept = watch.residents.everywhere()
         agreement = referee.verdict() if referee else None
         report = compile_report(model)
     ended = "interrupted" if stop() else "length" if len(watch.tokens) >= request.max_new_tokens else "text"
@@ -177,20 +191,22 @@ def run_policy(
         digest=policy.digest,
         params={name: param.value.text for name, param in policy.params.items()},
         model=name,
+        untested_type=None if known else str(model.config.model_type),
         new_tokens=len(watch.tokens),
         text=tokenizer.decode(watch.tokens, skip_special_tokens=True),
         token_ids=watch.tokens,
         ended=ended,
         can_evict=any(pool.evicts for layer in plan.layers for pool in layer.pools),
-        resident_peak=watch.residents.peak,
-        residents=watch.residents.after,
+        resident_peak=max((tokens for _, tokens in after), default=0),
+        residents=after,
         tokens_per_second=watch.tokens_per_second,
         prompt_seconds=watch.prompt_seconds,
         compile_seconds=watch.compile_seconds,
         compile=bool(compiled),
         compile_reason=reason,
         **vars(report),
-        **counts(plan, cache, watch.residents.pools()),
+        **counts(plan, cache, kept),
+        ranks=ranks,
         seed=request.seed,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
@@ -205,8 +221,10 @@ def run_policy(
 
 
 def counts(plan: Plan, cache: PolicyCache, kept: dict[str, int]) -> dict[str, Any]:
-    """What the plan announced beside what the cache's tensors say, as fields of an Outcome."""
-    stats = cache.stats()
+    """What the plan announced beside what the cache's tensors say, as fields of an Outcome. All ranks must call it."""
+    stats = cache.stats(everywhere=True)
+    held = cache.ranks.collect((cache.bytes, cache.own.bytes, cache.own.dense_bytes))
+    held_bytes, planned, dense = next((each for each in held if each[0] != each[1]), max(held))
     heads = len(plan.layers) * plan.geometry.kv_heads * plan.batch
     slots: dict[str, int] = {}
     for pool in (pool for layer in plan.layers for pool in plan.even(layer).pools):
@@ -230,9 +248,9 @@ def counts(plan: Plan, cache: PolicyCache, kept: dict[str, int]) -> dict[str, An
         "held_peak": stats["resident_peak"],
         "resident_bound": plan.resident_bound,
         "slots": max(plan.even(layer).slots for layer in plan.layers),
-        "cache_bytes": cache.bytes,
-        "planned_cache_bytes": plan.bytes,
-        "dense_cache_bytes": plan.dense_bytes,
+        "cache_bytes": held_bytes,
+        "planned_cache_bytes": planned,
+        "dense_cache_bytes": dense,
         "pools": pools,
     }
 

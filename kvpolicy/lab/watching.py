@@ -106,10 +106,15 @@ class Residents:
     def _total(kept: dict[str, Tensor]) -> Tensor:
         return torch.stack(list(kept.values())).sum(0)
 
-    @property
-    def peak(self) -> int:
-        """The most tokens that any layer kept after an update, per row and KV head."""
-        return max((tokens for _, tokens in self.after), default=0)
+    def everywhere(self) -> tuple[list[tuple[int, int]], dict[str, int]]:
+        """``after`` and ``pools`` over the KV heads of all ranks that share the model. All of them must call it."""
+        told = self.cache.ranks.collect((self.after, self.pools()))
+        moments = zip(*(after for after, _ in told), strict=True)
+        names = dict.fromkeys(name for _, pools in told for name in pools)
+        return (
+            [(moment[0][0], max(tokens for _, tokens in moment)) for moment in moments],
+            {name: max(pools.get(name, 0) for _, pools in told) for name in names},
+        )
 
     def pools(self) -> dict[str, int]:
         """By pool, the most tokens kept at its last update."""

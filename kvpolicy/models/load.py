@@ -12,6 +12,7 @@ from typing import Any
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.models.builtin import PREFIX, find_builtin
 from kvpolicy.models.gguf import read_gguf, require_gguf
+from kvpolicy.models.processes import Processes, processes
 from kvpolicy.models.quiet import quiet
 
 Notify = Callable[[str], None]
@@ -22,6 +23,7 @@ def load_model(
     *,
     device: Any = None,
     dtype: Any = None,
+    shard: bool = False,
     progress: bool = False,
     notify: Notify = lambda line: None,
 ) -> tuple[Any, Any]:
@@ -31,6 +33,8 @@ def load_model(
         spec: `builtin:tiny`, `builtin:smollm2`, a hub id, a local folder, or the path of a `.gguf` file.
         device: where to put it (a torch.device or its name); None means the GPU if there is one.
         dtype: a torch.dtype or its name; None means the one its config names (float32 for the built-in models).
+        shard: where torchrun started several processes, give each its part of the heads (tensor parallelism, as the
+            model's own plan says), on a device of its own.
         progress: whether transformers may draw its progress bars.
         notify: takes one line before anything is fetched or converted (licence, author and size among it).
 
@@ -41,6 +45,11 @@ def load_model(
     """
     import torch
 
+    here = processes()
+    if shard and here.count > 1:
+        if device is not None:
+            raise UsageError(f"{here.count} processes share this model, each on a device of its own; drop the device")
+        return load_sharded(spec, here, _dtype(torch, dtype), progress, notify)
     place = _device(torch, device)
     kind = _dtype(torch, dtype)
     file = gguf_file(spec)
@@ -50,10 +59,49 @@ def load_model(
         else:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            source = find_builtin(spec).folder(notify) if spec.startswith(PREFIX) else local_folder(spec) or spec
+            source = _source(spec, notify)
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=kind or "auto")
         return model.to(place).eval(), tokenizer
+
+
+def load_sharded(spec: str, here: Processes, dtype: Any, progress: bool, notify: Notify) -> tuple[Any, Any]:
+    """A model whose heads and matrices the processes share, and its tokenizer, in each of them.
+
+    transformers shards while it reads safetensors, so that no process ever holds all weights; what is kept otherwise
+    (a `.gguf` file) is refused. What must be fetched or converted first is, by one process.
+
+    Raises:
+        ModelError: as `load_model`; in all processes alike.
+    """
+    if gguf_file(spec) is not None:
+        raise ModelError(
+            f"{spec} cannot be read in parts by {here.count} processes; convert it first: load it with "
+            "kvpolicy.models.load_model and call save_pretrained on the model and on the tokenizer"
+        )
+    source = here.told(lambda: str(_source(spec, notify)))
+    with _explained(spec), quiet(not progress):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **sharding())
+    return model.eval(), tokenizer
+
+
+def sharding() -> dict[str, Any]:
+    """How `from_pretrained` is asked to shard: earlier releases know `tp_plan` alone, which later ones will drop."""
+    import dataclasses
+
+    from transformers.distributed import DistributedConfig
+
+    if any(field.name == "tp_plan" for field in dataclasses.fields(DistributedConfig)):
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}
+
+
+def _source(spec: str, notify: Notify) -> Path | str:
+    """What transformers loads: a folder, or the id of a model on the hub."""
+    return find_builtin(spec).folder(notify) if spec.startswith(PREFIX) else local_folder(spec) or spec
 
 
 def load_config(spec: str) -> Any:
@@ -147,7 +195,8 @@ def place_of(device: Any = None) -> Any:
 
 def _device(torch: Any, device: Any) -> Any:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = f"cuda:{processes().local}" if processes().count > 1 else "cuda"
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(0, device=place)

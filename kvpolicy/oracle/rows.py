@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from kvpolicy.oracle.records import Step
 from kvpolicy.oracle.step import Kept, Memories, OracleLayer
-from kvpolicy.oracle.text import Array, Rotate
+from kvpolicy.oracle.text import Array, Formula, Rotate
 from kvpolicy.plan import Plan
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ class Oracle:
         special: Sequence[Sequence[bool]] | None = None,
         modality: Sequence[Sequence[str | None]] | None = None,
         scaling: float | None = None,
+        softcap: float | None = None,
+        sinks: Array | None = None,
         logits: Sequence[Array] | None = None,
     ) -> list[Step]:
         """One pass of one layer. Everything is given as one item a row, of that row's own N_b tokens, no padding.
@@ -49,6 +51,8 @@ class Oracle:
             more: the prompt turn goes on with the next pass.
             special, modality: flags of the new tokens; what a generated pass is given counts for nothing.
             scaling: the factor of q.k, D ** -0.5 unless given.
+            softcap: c makes scaled logits c * tanh(logits / c).
+            sinks: [Q], a logit of each query head that takes part in the softmax and is no token's.
             logits: [Q, N_b, all positions of the row so far], scaled, in place of q.k (of probabilities, take the
                 logarithm). Keys and values may be given as well, for the signals that read these.
         """
@@ -68,7 +72,7 @@ class Oracle:
                 more=more,
                 special=_of(special, number),
                 modality=_of(modality, number),
-                scaling=scaling,
+                formula=Formula(scaling, softcap, sinks),
                 logits=_of(logits, number),
             )
             for number, row in enumerate(rows)

@@ -25,31 +25,34 @@ TokenSignal = Callable[[View, ScorerPlan, Array, Array], Array]
 UnitSignal = Callable[[View, ScorerPlan, Sequence[Page]], Array]
 
 
-def softmax(logits: Array) -> Array:
-    """Over the last axis; all zeros where a query sees nothing."""
+def softmax(logits: Array, sinks: Array | None = None) -> Array:
+    """Over the last axis, beside sinks that take their share; all zeros where a query sees nothing."""
     top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(logits - np.where(np.isfinite(top), top, 0.0))
-    total = weights.sum(axis=-1, keepdims=True)
+    top = top if sinks is None else np.maximum(top, sinks)
+    top = np.where(np.isfinite(top), top, 0.0)
+    weights = np.exp(logits - top)
+    total = weights.sum(axis=-1, keepdims=True) + (0.0 if sinks is None else np.exp(sinks - top))
     return weights / np.where(total == 0, 1.0, total)
 
 
 def attention(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
-    """Probabilities of each query over the tokens it may see."""
+    """Probabilities of each query over the tokens it may see: over all of the cache, as attention itself has them."""
+    whole = leaf.over == "cache" and leaf.heads != "logits-max"
+    return softmax(np.where(over, _logits(view, leaf), -np.inf), view.sinks() if whole else None)
+
+
+def _logits(view: View, leaf: ScorerPlan) -> Array:
+    """[G, queries, tokens]; one head is left where the maximum over heads goes before the softmax."""
     logits = view.logits(view.asked(leaf.queries))
-    if leaf.heads == "logits-max":
-        logits = logits.max(axis=0, keepdims=True)
-    return softmax(np.where(over, logits, -np.inf))
+    return logits.max(axis=0, keepdims=True) if leaf.heads == "logits-max" else logits
 
 
 def gumbel_attention(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
     """Keyformer: noise on the logits, and a temperature that rises with t (methods.md 5.7)."""
     args = dict(leaf.args)
     noise = np.array([gumbel(int(args["seed"]), view.layer, view.head, int(at)) for at in view.tokens])
-    logits = view.logits(view.asked(leaf.queries))
-    if leaf.heads == "logits-max":
-        logits = logits.max(axis=0, keepdims=True)
     temperature = float(args["temperature"]) + float(args["growth"]) * view.t
-    return softmax(np.where(over, (logits + noise) / temperature, -np.inf))
+    return softmax(np.where(over, (_logits(view, leaf) + noise) / temperature, -np.inf))
 
 
 def above_average(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
@@ -60,7 +63,7 @@ def above_average(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> A
 def shares(view: View, leaf: ScorerPlan, over: Array, ranked: Array) -> Array:
     """Probabilities times the number of tokens that the query sees."""
     seen = over & (view.tokens <= view.asked(leaf.queries)[:, None])
-    return attention(view, leaf, over, ranked) * seen.sum(axis=-1, keepdims=True)
+    return softmax(np.where(over, _logits(view, leaf), -np.inf)) * seen.sum(axis=-1, keepdims=True)
 
 
 SHARE = 1 - 2**-12
@@ -110,7 +113,8 @@ def page_bound(view: View, leaf: ScorerPlan, pages: Sequence[Page]) -> Array:
     else:
         keys, vectors = view.keys()[columns], view.vectors(queries)
         high, low = np.maximum.reduceat(keys, starts, axis=0), np.minimum.reduceat(keys, starts, axis=0)
-        bounds = (np.maximum(vectors, 0) @ high.T + np.minimum(vectors, 0) @ low.T) * view.text.scaling
+        bounds = np.maximum(vectors, 0) @ high.T + np.minimum(vectors, 0) @ low.T
+        bounds = view.capped(bounds * view.text.scaling)
     return np.where(np.array([page.position for page in pages]) <= queries[:, None], bounds, 0.0)
 
 

@@ -12,7 +12,7 @@ from kvpolicy.oracle.pools import Pool, new_pools, share_out, tokens_of, update_
 from kvpolicy.oracle.records import Choice, Hit, PoolStep, Reading, Step
 from kvpolicy.oracle.scoring import Scoring, best
 from kvpolicy.oracle.signals import softmax
-from kvpolicy.oracle.text import Array, Memory, Page, Rotate, Text, View
+from kvpolicy.oracle.text import Array, Formula, Memory, Page, Rotate, Text, View
 from kvpolicy.plan import Plan, PoolPlan
 
 Kept = Sequence[Mapping[str, frozenset[int]]]
@@ -63,12 +63,13 @@ class OracleLayer:
         more: bool,
         special: Sequence[bool] | None,
         modality: Sequence[str | None] | None,
-        scaling: float | None,
+        formula: Formula,
         logits: Array | None,
     ) -> Step:
         """One pass; ``Oracle.step`` says what everything is."""
-        if scaling is not None:
-            self.text.scaling = scaling
+        if formula.scaling is not None:
+            self.text.scaling = formula.scaling
+        self.text.softcap, self.text.sinks = formula.softcap, formula.sinks
         self.taken_over = {}
         for head, pools in enumerate(() if self.in_turn and not self.updates_chunks else self.heads):
             for pool in pools.values():  # what earlier passes left in few bits is read so from now on
@@ -179,7 +180,7 @@ class OracleLayer:
         """3. New queries see every read token up to their own, also those that step 5 will drop."""
         outputs = []
         for view in self.now.views:
-            probabilities = softmax(np.where(view.read, view.logits(view.asked("all")), -np.inf))
+            probabilities = softmax(np.where(view.read, view.logits(view.asked("all")), -np.inf), view.sinks())
             self.now.probabilities.append(probabilities)
             if self.text.values is not None:
                 outputs.append(probabilities @ view.values())

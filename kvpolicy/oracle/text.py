@@ -12,6 +12,15 @@ Rotate = Callable[[Array, Array], Array]  # (vectors [..., n, D], positions [n])
 Memory = float | tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Formula:
+    """What a model makes of q.k: the factor (None: D ** -0.5), a cap, and sinks [Q]; see ``Text``."""
+
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: Array | None = None
+
+
 @dataclass
 class Page:
     """A unit: tokens that stay or go together. ``memory`` goes by the number of a leaf of the pool's scorer."""
@@ -34,6 +43,9 @@ class Page:
 class Text:
     """All that a row has said in one layer, by position: queries [Q, T, D], keys and values [K, T, D].
 
+    Logits are q.k times ``scaling``, kept below ``softcap`` by a tanh where there is one; ``sinks`` [Q] are logits that
+    belong to no token and take their share of attention.
+
     Where logits are given instead of queries, ``picture`` holds one [Q, p + 1] for the query at each position p.
     """
 
@@ -41,6 +53,8 @@ class Text:
     kv_heads: int
     scaling: float
     rotate: Rotate | None
+    softcap: float | None = None
+    sinks: Array | None = None
     queries: Array | None = None
     keys: Array | None = None
     values: Array | None = None
@@ -91,8 +105,17 @@ class View:
                 seen = self.tokens <= query
                 logits[:, row, seen] = self.text.picture[query][group][:, self.tokens[seen]]
             return logits
-        logits = self.vectors(queries) @ self.keys().T * self.text.scaling
+        logits = self.capped(self.vectors(queries) @ self.keys().T * self.text.scaling)
         return np.where(self.tokens <= queries[:, None], logits, -np.inf)
+
+    def capped(self, logits: Array) -> Array:
+        """Scaled logits as the softmax gets them."""
+        cap = self.text.softcap
+        return logits if cap is None else cap * np.tanh(logits / cap)
+
+    def sinks(self) -> Array | None:
+        """The sinks of this head's query heads [G, 1, 1]."""
+        return None if self.text.sinks is None else self.text.sinks[self._group(), None, None]
 
     def vectors(self, queries: Array) -> Array:
         """The queries' vectors [G, queries, D]."""

@@ -2,7 +2,7 @@
 
 from kvpolicy.patching.listening import listening
 from kvpolicy.patching.patch import Patch, applied, apply, cache_for, compile_report, patch_of, remove
-from kvpolicy.patching.saving import from_pretrained, recorded_policy
+from kvpolicy.patching.saving import from_pretrained, load_cache, recorded_policy
 
 __all__ = [
     "Patch",
@@ -12,6 +12,7 @@ __all__ = [
     "compile_report",
     "from_pretrained",
     "listening",
+    "load_cache",
     "patch_of",
     "recorded_policy",
     "remove",

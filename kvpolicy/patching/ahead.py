@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kvpolicy.attention import Rotation
 from kvpolicy.patching.attention import register
-from kvpolicy.plan import Plan
+from kvpolicy.plan import LayerPlan, LocalPlan, Plan
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, StepCompiler
 
@@ -38,8 +38,8 @@ Notify = Callable[[str], None]
 class Job:
     """All that another process needs: a decoder layer on no device, a plan of that layer alone, and inputs.
 
-    hidden, rotation: shape and dtype of what the layer is called with; compiler: the backend of torch.compile; turns:
-    how keys rotate, where positions are compact.
+    hidden, rotation: shape and dtype of what the layer is called with; temperature: the architecture's; compiler: the
+    backend of torch.compile; turns: how keys rotate, where positions are compact.
     """
 
     layer: nn.Module
@@ -50,7 +50,8 @@ class Job:
     compiler: str
     kinds: tuple[str, ...]
     hidden: tuple[torch.Size, torch.dtype]
-    rotation: tuple[torch.Size, torch.dtype]
+    rotation: tuple[tuple[torch.Size, torch.dtype], ...]
+    temperature: Callable[[Any, Any], Any] | None
     training: bool
     inference: bool
     threads: int
@@ -65,13 +66,16 @@ class Job:
             cache = PolicyCache(self.plan, device=self.device, backend=self.backend, rotation=self.turns)
         hidden = torch.zeros(self.hidden[0], dtype=self.hidden[1], device=self.device)
         # Two tensors and not one twice: torch would compile for that.
-        angles = tuple(torch.zeros(self.rotation[0], dtype=self.rotation[1], device=self.device) for _ in range(2))
+        angles = tuple(torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in self.rotation)
+        arguments: dict[str, Any] = {"position_embeddings": angles if len(angles) > 1 else angles[0]}
+        if self.temperature is not None:
+            arguments["kv_temperature"] = self.temperature
         forward = CompiledForward(layer, StepCompiler(self.compiler))
         with torch.inference_mode() if self.inference else torch.no_grad():
             for kind in self.kinds:
                 cache.moment.kind = kind
                 cache.clocks.advance()
-                forward(hidden, position_embeddings=angles, kv_layer=cache.layers[0])
+                forward(hidden, kv_layer=cache.layers[0], **arguments)
 
 
 class BackgroundCompiler(StepCompiler):
@@ -89,15 +93,15 @@ class BackgroundCompiler(StepCompiler):
     def __reduce__(self) -> tuple[Any, ...]:
         return BackgroundCompiler, (self.backend,)
 
-    def ready(self, layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor) -> bool:
+    def ready(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether this pass may run a compiled step: what it needs lies on disk, or was compiled here before."""
-        shape, inference = self._shape(kv_layer), torch.is_inference_mode_enabled()
-        key = (shape, hidden.shape, hidden.dtype, hidden.device, layer.training, inference)
+        state = (layer.training, torch.is_inference_mode_enabled())
+        key = (self._form(layer), self._shape(arguments["kv_layer"]), hidden.shape, hidden.dtype, hidden.device, *state)
         with self._making:
             if self._process is not None:
                 self._look()
             if key not in self._done and self._process is None:
-                self._send(key, _job(layer, kv_layer, hidden, rotation, str(self.backend)))
+                self._send(key, _job(layer, hidden, arguments, str(self.backend)))
             self.settled = key in self._done
             return self._done.get(key, False)
 
@@ -144,8 +148,10 @@ def _stop(process: subprocess.Popen[bytes], file: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _job(layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor, compiler: str) -> Job:
+def _job(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], compiler: str) -> Job:
     """What to send for one layer of a model: its modules without hooks or weights, and its plan."""
+    kv_layer, turned = arguments["kv_layer"], arguments["position_embeddings"]
+    angles = (turned,) if isinstance(turned, Tensor) else turned
     memo: dict[int, Any] = {}
     for tensor in (*layer.parameters(), *layer.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -159,18 +165,29 @@ def _job(layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor, comp
     return Job(
         layer=twin,
         previous=_previous(layer),
-        plan=replace(kv_layer.moment.plan, layers=(kv_layer.plan,)),
+        plan=_alone(kv_layer.moment.plan, kv_layer.plan),
         device=hidden.device,
         backend=kv_layer.backend,
         compiler=compiler,
         kinds=kv_layer.moment.kinds,
         hidden=(hidden.shape, hidden.dtype),
-        rotation=(torch.Size((*rotation.shape[:-3], hidden.shape[0], *rotation.shape[-2:])), rotation.dtype),
+        rotation=tuple(
+            (torch.Size((*each.shape[:-3], hidden.shape[0], *each.shape[-2:])), each.dtype) for each in angles
+        ),
+        temperature=arguments.get("kv_temperature"),
         training=layer.training,
         inference=torch.is_inference_mode_enabled(),
         threads=torch.get_num_threads(),
-        turns=None if kv_layer.parts[0].compact is None else kv_layer.parts[0].compact.rotation,
+        turns=kv_layer.moment.rotation,
     )
+
+
+def _alone(plan: Plan, layer: LayerPlan | LocalPlan) -> Plan:
+    """The plan of a cache whose first layer is this one; beside a local one there must be one that is governed."""
+    local = (replace(layer, layer=replace(layer.layer, index=0)),) if isinstance(layer, LocalPlan) else ()
+    geometry = replace(plan.geometry, layers=1, local=tuple(each.layer for each in local), states=())
+    layers = plan.layers[:1] if isinstance(layer, LocalPlan) else (layer,)
+    return replace(plan, geometry=geometry, layers=layers, local=local)
 
 
 def _previous(layer: nn.Module) -> str:

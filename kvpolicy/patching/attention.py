@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from kvpolicy.attention import Formula
 from kvpolicy.errors import CacheError, ModelError
 
 PREFIX = "kvp|"
@@ -43,16 +44,44 @@ def attend(
     attention_mask: Tensor | None,
     *args: Any,
     kv_layer: Any = None,
+    kv_temperature: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend through a policy's cache layer where the decoder layer was handed one, else exactly as before.
 
     Shapes: query [B, Q, N, D], key and value [B, K, N, D]; returns the output [B, N, Q, D] and no weights. Which of the
     N tokens are padding was told to the cache when the pass was opened.
+
+    Raises:
+        ModelError: the layer looks back over another number of tokens than its config said when the cache was planned.
     """
     if kv_layer is None:
         return fallback(previous, module)(module, query, key, value, attention_mask, *args, **kwargs)
-    return kv_layer.forward(query, key, value, kwargs["scaling"]), None
+    if key.shape[1] != kv_layer.heads:
+        raise ModelError(
+            f"attention was given {key.shape[1]} KV heads, and the cache was made for {kv_layer.heads}: the model is "
+            "sharded in a way that kvpolicy does not know; shard it with transformers' tp_plan='auto', or load it whole"
+        )
+    if kwargs.get("dropout"):
+        raise ModelError(
+            f"this model is in training mode and drops attention at random (dropout {kwargs['dropout']}), which no "
+            "policy's cache does; call model.eval()"
+        )
+    window = kwargs.get("sliding_window") or None
+    if window != kv_layer.window:
+        raise ModelError(
+            f"{type(module).__name__} attends through a window of {window or 'all'} tokens, and its cache was planned "
+            f"for {kv_layer.window or 'all'}: the model's config does not tell what its layers do; call "
+            "kvpolicy.remove(model), and report the model type"
+        )
+    if kv_temperature is not None:
+        scale = kv_temperature(module, kv_layer.query_position)
+        query = query if scale is None else query * scale[:, None, :, None]
+    formula = Formula(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+    # Under autocast, and beside layers kept in float32, these may come in other dtypes than the cache has.
+    given = value.dtype
+    query, key, value = (tensor.to(kv_layer.dtype) for tensor in (query, key, value))
+    return kv_layer.forward(query, key, value, formula).to(given), None
 
 
 def newest_validity(attention_mask: Any, columns: int) -> Tensor | None:

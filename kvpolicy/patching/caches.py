@@ -11,13 +11,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import CacheError, PolicyError, UsageError
+from kvpolicy.patching.adapters import virtual_tokens
 from kvpolicy.patching.checks import decoder_of
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
+from kvpolicy.patching.rereading import check_growth
 from kvpolicy.patching.rotary import rotation_of
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.tail import newest_token
 
 if TYPE_CHECKING:
     from kvpolicy.patching.patch import Patch
@@ -39,10 +41,10 @@ def geometry_of(model: Any, patch: Patch) -> ModelGeometry:
 
 def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
-    settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend}
+    settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend, "ranks": patch.ranks}
     if patch.policy.positions == "compact":
-        architecture = architecture_of(model.config.model_type)
-        settings["rotation"] = rotation_of(model, decoder_of(model, architecture), architecture)
+        decoder = decoder_of(model, patch.architecture)
+        settings["rotation"] = rotation_of(model, decoder, patch.architecture)
     return settings
 
 
@@ -77,6 +79,12 @@ class CacheBuilder:
         _refuse(generation_config, generation_mode)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         turn = Turn.read(generation_config, model_kwargs, max_cache_length, cache, rows)
+        seen = 0 if cache is None else cache.get_seq_length()
+        before = 0 if cache is None else cache.clocks.host_t
+        check_growth(self.model, seen, turn.columns, seen + turn.columns + turn.max_new_tokens - before)
+        if cache is None or not cache.get_seq_length():
+            turn = turn.after(virtual_tokens(self.model))
+        place_padding(model_kwargs)
         if cache is None:
             model_kwargs["past_key_values"] = self._lend(turn, rows)
         else:
@@ -100,6 +108,20 @@ class CacheBuilder:
         type(self.model)._prepare_cache_for_generation(self.model, *arguments)
 
 
+@dataclass(frozen=True)
+class NoPagedCache:
+    """Stands in for `init_continuous_batching` on one model instance, which would leave the policy out without a word:
+    it switches the attention implementation and brings a paged cache of its own."""
+
+    policy: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UsageError(
+            f"continuous batching (generate_batch) runs on a paged cache that knows nothing of {self.policy}; call "
+            "generate with a padded batch, or kvpolicy.remove(model) first"
+        )
+
+
 def _refuse(generation_config: GenerationConfig, generation_mode: GenerationMode) -> None:
     if generation_config.use_cache is False:
         raise UsageError("use_cache=False together with a policy's cache: drop one of the two")
@@ -108,6 +130,16 @@ def _refuse(generation_config: GenerationConfig, generation_mode: GenerationMode
             "assisted decoding (an assistant model or prompt_lookup_num_tokens) takes tokens back, and a policy may "
             "have evicted what they displaced; generate without it, or kvpolicy.remove(model) first"
         )
+
+
+def place_padding(model_kwargs: dict[str, Any]) -> None:
+    """Where rows end in padding, let it stand where their last token does: `generate` counts positions on from there,
+    and the generated tokens come next in their rows."""
+    mask, places = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is None or places is None or bool(mask[:, -1].all()):
+        return
+    newest = newest_token(mask[:, -places.shape[-1] :].bool()).clamp(min=0).to(places.device)
+    model_kwargs["position_ids"] = places.gather(-1, newest.expand(places.shape))
 
 
 @dataclass(frozen=True)
@@ -146,6 +178,11 @@ class Turn:
             if cache.plan.batch != rows:
                 raise CacheError(f"this cache was made for {cache.plan.batch} rows, and generate runs {rows} of them")
             before = cache.clocks.prompt_len.tolist()
+        if not covered:
+            raise UsageError(
+                "the prompt is empty: give at least one token, or leave the ids out, for generate to begin with the "
+                "model's bos_token_id"
+            )
         if covered <= seen:
             raise CacheError(
                 f"the cache has already seen {seen} columns, and the input, with its attention mask, covers {covered}: "
@@ -158,6 +195,11 @@ class Turn:
         limit = generation_config.max_new_tokens
         limit = max_cache_length + 1 - columns if limit is None else limit
         return cls(columns, (min(lengths), max(lengths)), generated + limit)
+
+    def after(self, tokens: int) -> Turn:
+        """The same behind so many tokens that an adapter puts before every row."""
+        low, high = self.prompt
+        return replace(self, columns=self.columns + tokens, prompt=(low + tokens, high + tokens))
 
     def make_room(self, cache: PolicyCache, patch: Patch) -> None:
         """Extend a cache whose plan does not hold this turn as well."""

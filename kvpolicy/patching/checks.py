@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvpolicy.architecture import Architecture, architecture_of
+from kvpolicy.architecture import Architecture, architecture_of, architectures
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.language import Policy
 from kvpolicy.patching.hooks import LayerHook, ModelHook
 from kvpolicy.plan import ModelGeometry, Plan, check_supported, make_plan
 
 
-def check_model(model: Any) -> Architecture:
+def check_model(model: Any, find: Callable[[Any], Architecture] | None = None) -> Architecture:
     """Whether this object can be patched at all; returns the architecture it is of.
+
+    find: finds the architecture of a model whose type nobody has stated; without it, such a model is refused.
 
     Raises:
         UsageError: it is not a plain transformers model, or carries a policy already.
         ModelError: its architecture, its layers or where its weights lie are not supported.
     """
     if not isinstance(model, PreTrainedModel):
-        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") or hasattr(model, "get_base_model") else ""
+        wrapped = "; pass the model it wraps" if hasattr(model, "_orig_mod") else ""
         raise UsageError(f"kvpolicy.apply takes a transformers model, not a {type(model).__name__}{wrapped}")
     if any(_is_patched(module) for module in model.modules()):
         raise UsageError("this model carries a policy already; call kvpolicy.remove(model) first")
-    architecture = architecture_of(model.config.model_type)
+    unknown = model.config.model_type not in architectures()
+    architecture = find(model) if unknown and find is not None else architecture_of(model.config.model_type)
     _check_devices(model)
     _check_layers(model, architecture)
     return architecture
@@ -79,8 +83,6 @@ def _check_devices(model: PreTrainedModel) -> None:
             f"this model is spread over {', '.join(sorted(places))}, and a policy's cache lies on one device; load it "
             "with device_map={'': 0}"
         )
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ModelError("this model runs tensor-parallel, which kvpolicy cannot patch yet; load it without tp_plan")
 
 
 def _check_layers(model: Any, architecture: Architecture) -> None:
@@ -96,22 +98,18 @@ def _check_layers(model: Any, architecture: Architecture) -> None:
             f"{name} says it has {said} decoder layers, and {len(layers)} were found at '{where}'; is it built by "
             "other code than transformers' own?"
         )
-    for layer in layers:
+    states = ModelGeometry.from_config(config).states
+    for layer in (layer for index, layer in enumerate(layers) if index not in states):
         attention = getattr(layer, architecture.attention, None)
         if not (attention is not None and _passes_keywords(layer) and _passes_keywords(attention)):
             raise ModelError(
                 f"the decoder layers of {name} do not pass keywords on to '{architecture.attention}', as transformers' "
                 "own do; load the model without trust_remote_code"
             )
-    if not model._supports_attention_backend:
+    # Some families call it and leave the mark out; then transformers itself goes by their source.
+    tells = getattr(model, "_can_set_attn_implementation", lambda: False)
+    if not (model._supports_attention_backend or tells()):
         raise ModelError(f"{name} does not call its attention through transformers' attention interface")
-    left_out = sorted(set(range(len(layers))) - set(architecture.governs(config)))
-    if left_out:
-        which = "all layers" if len(left_out) == len(layers) else f"layers {', '.join(map(str, left_out))}"
-        raise ModelError(
-            f"{which} of this {config.model_type} model attend through a sliding window of "
-            f"{getattr(config, 'sliding_window', None)} tokens, which no policy can govern yet; {architecture.way_out}"
-        )
 
 
 def _passes_keywords(module: nn.Module) -> bool:

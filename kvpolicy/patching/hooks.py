@@ -6,6 +6,7 @@ All are instances of module-level classes and hold no closure, so a patched mode
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from kvpolicy.errors import CacheError, ModelError
 from kvpolicy.patching.attention import newest_validity
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.moment import PROMPT
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,31 @@ class ModelHook:
         if given.get("output_attentions"):
             raise ModelError("no attention maps exist under a policy's cache; drop output_attentions=True")
         if model.training and getattr(model, "gradient_checkpointing", False):
-            raise ModelError("gradient checkpointing runs layers twice, which a cache cannot undo; call model.eval()")
+            raise ModelError(
+                "gradient checkpointing runs layers without a cache while the model trains; call model.eval(), or "
+                "model.gradient_checkpointing_disable(), before a pass over a policy's cache"
+            )
+        stored, computed = cache.plan.geometry.dtype, str(model.dtype).removeprefix("torch.")
+        if stored != computed:
+            raise CacheError(
+                f"this cache stores {stored}, and the model has been cast to {computed} since it was made; make a new "
+                "one with kvpolicy.cache_for(model)"
+            )
 
 
-def close_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """After the decoder ran: a pass that nobody opens again fails from here on, instead of running on old clocks."""
+def close_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After the decoder ran: a pass that nobody opens again fails from here on, instead of running on old clocks.
+
+    Where rows end in padding, their last token's output stands in the columns of it (`Tail`).
+    """
     cache = by_name(model, args, kwargs).get("past_key_values")
-    if isinstance(cache, PolicyCache):
-        _close(cache)
+    return _close(cache, output) if isinstance(cache, PolicyCache) else None
 
 
 @torch.compiler.disable
-def _close(cache: PolicyCache) -> None:
+def _close(cache: PolicyCache, output: Any) -> Any:
     cache.finish()
+    return cache.tail.close(output)
 
 
 def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -103,14 +117,40 @@ def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @dataclass(frozen=True)
+class StateHook:
+    """Tells a layer that keeps a state in place of tokens what of a pass is padding, and leaves it the cache.
+
+    The mask that the model was given is ours, and says nothing.
+    """
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PolicyCache):
+            return None
+        moment, valid = cache.moment, None
+        if moment.kind == PROMPT and not moment.whole and moment.position is not None:
+            valid = moment.position >= 0
+            if not bool(valid[:, -1].all()):
+                raise CacheError(
+                    f"{type(layer).__name__} carries a state from token to token, and a prompt that ends in padding "
+                    "would change it; pad on the left (tokenizer.padding_side = 'left')"
+                )
+        return args, {**kwargs, "attention_mask": None if valid is None or bool(valid.all()) else valid.long()}
+
+
+@dataclass(frozen=True)
 class LayerHook:
     """Hands a decoder layer its layer of a policy's cache, past transformers' own cache protocol.
 
     The attention then skips `Cache.update`, and `kv_layer` reaches the attention function through the keywords that
     every module on the way passes on. Nothing reads `layer_idx`, so layers of equal shape can share one graph.
+    `temperature` is the architecture's.
     """
 
     index: int
+    temperature: Callable[[Any, Any], Any] | None = None
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,8 +159,17 @@ class LayerHook:
         if not isinstance(cache, PolicyCache):
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad and torch.is_grad_enabled():  # the caller's own embeddings may be a parameter
-            raise CacheError(
-                "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
-            )
-        return args, {**kwargs, "past_key_values": None, "kv_layer": cache.layers[self.index]}
+        if hidden.requires_grad:
+            if torch.is_grad_enabled():
+                raise CacheError(
+                    "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
+                )
+            # Checkpointed training makes embeddings ask for gradients where nothing records any: layers would differ.
+            if args:
+                args = (hidden.detach(), *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": hidden.detach()}
+        handed = {"past_key_values": None, "kv_layer": cache.layers[self.index]}
+        if self.temperature is not None:
+            handed["kv_temperature"] = self.temperature
+        return args, {**kwargs, **handed}

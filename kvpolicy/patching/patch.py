@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvpolicy.architecture import Architecture, architectures
 from kvpolicy.attention.backends import choose_backend
-from kvpolicy.errors import UsageError
+from kvpolicy.errors import ModelError, UntestedWarning, UsageError
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.patching.adapters import check_adapters, unwrapped
 from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
-from kvpolicy.patching.caches import CacheBuilder, build_cache
+from kvpolicy.patching.caches import CacheBuilder, NoPagedCache, build_cache
 from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
-from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
+from kvpolicy.patching.generic import PROMPT, STEPS, find_architecture, try_alone
+from kvpolicy.patching.hooks import LayerHook, ModelHook, StateHook, close_pass
 from kvpolicy.patching.lengths import Room
+from kvpolicy.patching.parallel import ranks_of
+from kvpolicy.patching.rereading import CacheKeeper, prepares_by_itself
 from kvpolicy.patching.rotary import check_rotation
 from kvpolicy.patching.traits import TraitHook
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.compiling import CompiledForward, CompileReport, StepCompiler
+from kvpolicy.runtime.ranks import ALONE, Ranks
 from kvpolicy.runtime.shelf import Shelf
 from kvpolicy.versions import warn_untested
 
 ATTRIBUTE = "_kvpolicy"
 FORMAT = 1  # of config.kv_policy
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=Any)
 
 
 @dataclass
 class Patch:
     """What `apply` did to one model; it lives on the model, as its only new attribute with a name of ours.
 
-    `compiler` is None where steps run eagerly. `room` is what was said of the lengths to come. `shelf` keeps one cache
-    between two calls of `generate`.
+    `architecture` is what is known of the model, or was found. `compiler` is None where steps run eagerly. `room` is
+    what was said of the lengths to come. `ranks` share the model's heads. `shelf` keeps one cache between two calls of
+    `generate`.
     """
 
     policy: Policy
@@ -49,6 +57,8 @@ class Patch:
     journal: Journal
     backend: str = "auto"
     room: Room = field(default_factory=Room)
+    architecture: Architecture = field(default_factory=lambda: Architecture((), ""))
+    ranks: Ranks = ALONE
     shelf: Shelf = field(default_factory=Shelf)
 
     def take_off(self) -> None:
@@ -72,6 +82,7 @@ def apply(
     max_prompt: int | None = None,
     max_new_tokens: int | None = None,
     special_tokens: Any = None,
+    generic: bool = False,
     **params: object,
 ) -> Model:
     """Put a policy under the attention of a model; from then on `generate` builds the policy's cache by itself.
@@ -80,6 +91,8 @@ def apply(
     before. `remove` undoes it; `save_pretrained` records the policy in the config.
 
     Args:
+        model: a transformers model, or peft's wrapper of one: then the model inside it is patched, and all adapters run
+            under the policy.
         policy: the name of a shipped policy, the path of a YAML file, or a loaded Policy.
         compile: run generated steps through torch.compile, one graph per kind of step and layer shape; a string names
             the backend of torch.compile (inductor by default), or is "background": another process compiles while
@@ -91,45 +104,85 @@ def apply(
             call that brings more is refused. By default every call is planned for its own lengths.
         special_tokens: which ids are special, for a policy that asks: a list of them, or a tokenizer, whose special
             ones are meant. By default those that the model's configs name: where text begins and ends, and padding.
+        generic: patch a model of a family that kvpolicy does not know, if it is built as transformers' decoders are:
+            it is tried on a few tokens, and a warning says that nobody tested it. Steps then run eagerly by default.
         params: values for the policy's params, as `--set` gives them.
 
     Returns:
-        The same model.
+        The same object.
 
     Raises:
         UsageError, ModelError, PolicyError: it cannot be done, and why; the model is then as it was.
     """
-    architecture = check_model(model)
+    check_adapters(model)
+    given, model = model, unwrapped(model)
+    architecture = check_model(model, find_architecture if generic else None)
+    untested = model.config.model_type not in architectures()
     decoder = decoder_of(model, architecture)
     policy = _resolve(policy, params)
     dtype = str(model.dtype).removeprefix("torch.")
-    geometry = ModelGeometry.from_config(model.base_model.config, dtype)
+    geometry = replace(ModelGeometry.from_config(model.base_model.config, dtype), sinks=architecture.sinks)
     asked = check_policy(policy, geometry).traits
     traits = TraitHook.of(model, architecture, policy, special_tokens) if asked else None
     if traits is not None and "special" in asked:
         traits.check_special()
+    ranks = ranks_of(model, architecture, geometry)
+    if ranks.size > 1 and geometry.states:
+        raise ModelError(
+            f"{type(model).__name__} has layers that keep a state in place of tokens, and how those are shared out by "
+            "tensor parallelism is untested; load it without tp_plan"
+        )
     choose_backend(backend, model.device, geometry)
     room = Room(max_prompt, max_new_tokens)
     room.check(policy, geometry)
-    wanted = model.device.type == "cuda" if compile is None else compile
+    wanted = model.device.type == "cuda" and not untested if compile is None else compile
     layers = decoder_layers(model, architecture)
     if policy.positions == "compact":
-        check_rotation(model, decoder, architecture, getattr(layers[0], architecture.attention))
+        check_rotation(model, decoder, architecture, getattr(layers[geometry.governed[0]], architecture.attention))
     if wanted:
         check_forwards(layers)
+    if wanted == BACKGROUND and ranks.size > 1:
+        raise UsageError(
+            f"compile={BACKGROUND!r} compiles in a process that is none of the {ranks.size} ranks; compile=True does "
+            "it in each of them"
+        )
     compiler = _compiler(wanted)
     previous = (decoder.config._attn_implementation or "eager").removeprefix(PREFIX)
-    patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room)
+    patch = Patch(policy, geometry, previous, compiler, Journal(), backend, room, architecture, ranks)
     warn_untested()
+    if untested:
+        _try(model, patch)
     try:
-        _change(model, patch, decoder, layers, traits)
+        _change(model, patch, layers, traits)
     except BaseException:
         patch.journal.undo()
         raise
-    return model
+    return given
 
 
-def remove(model: PreTrainedModel) -> None:
+def _try(model: Any, patch: Patch) -> None:
+    """See whether a model of an unknown family is what it seems to be: alone, and with all of a few tokens kept."""
+    trial = try_alone(model, patch.architecture, patch.geometry)
+    if patch.compiler is not None and not trial.plain_layers:
+        raise ModelError(
+            f"the decoder layers of {type(model).__name__} ask for more than the hidden states and their rotation, and "
+            "a compiled step gives them no more; apply with compile=False"
+        )
+    dense = replace(patch, policy=load_policy("dense"), compiler=None, journal=Journal(), room=Room(), shelf=Shelf())
+    try:
+        _change(model, dense, decoder_layers(model, patch.architecture), None)
+        trial.hold(model, build_cache(model, dense, prompt=PROMPT, max_new_tokens=STEPS, batch=1))
+    finally:
+        dense.take_off()
+    warnings.warn(
+        f"kvpolicy does not know models of type '{model.config.model_type}' and never tested one: it found its layers "
+        f"by structure, and over {PROMPT + STEPS} tokens, all kept, it gave the unpatched model's logits",
+        UntestedWarning,
+        stacklevel=3,
+    )
+
+
+def remove(model: Any) -> None:
     """Take a policy off a model: every change is undone, and the model is what it was, object for object.
 
     Raises:
@@ -150,7 +203,7 @@ def applied(model: Model, policy: str | Path | Policy, **arguments: Any) -> Iter
 
 
 def cache_for(
-    model: PreTrainedModel, *, prompt: int | tuple[int, int], max_new_tokens: int, batch: int = 1, turns: int = 1
+    model: Any, *, prompt: int | tuple[int, int], max_new_tokens: int, batch: int = 1, turns: int = 1
 ) -> PolicyCache:
     """A fresh cache to pass as `past_key_values` where the model is called without `generate`.
 
@@ -161,22 +214,22 @@ def cache_for(
         turns: prompt turns the cache will see.
     """
     patch = patch_of(model)
-    return build_cache(model, patch, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch, turns=turns)
+    return build_cache(unwrapped(model), patch, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch, turns=turns)
 
 
-def compile_report(model: PreTrainedModel) -> CompileReport:
+def compile_report(model: Any) -> CompileReport:
     """What torch.compile did for this model's steps so far: graphs, graph breaks, recompiles. All 0 where it is off."""
     compiler = patch_of(model).compiler
     return CompileReport() if compiler is None else compiler.report
 
 
-def patch_of(model: PreTrainedModel) -> Patch:
+def patch_of(model: Any) -> Patch:
     """The patch a model carries.
 
     Raises:
         UsageError: it carries none.
     """
-    patch = model.__dict__.get(ATTRIBUTE)
+    patch: Patch | None = unwrapped(model).__dict__.get(ATTRIBUTE)
     if patch is None:
         raise UsageError("this model carries no policy; call kvpolicy.apply(model, policy) first")
     return patch
@@ -199,9 +252,9 @@ def _config_of(module: Any) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any], traits: TraitHook | None) -> None:
+def _change(model: PreTrainedModel, patch: Patch, layers: list[Any], traits: TraitHook | None) -> None:
     """The changes, all of them, each through the journal. What a model sees with beside its text stays as it is."""
-    journal, policy = patch.journal, patch.policy
+    journal, policy, decoder = patch.journal, patch.policy, decoder_of(model, patch.architecture)
     name = register(patch.previous)
     journal.set(model, ATTRIBUTE, patch)
     journal.own_configs(model)
@@ -214,8 +267,15 @@ def _change(model: PreTrainedModel, patch: Patch, decoder: Any, layers: list[Any
     journal.before(decoder, ModelHook(name, len(layers)))
     journal.after(decoder, close_pass)
     for index, layer in enumerate(layers):
-        journal.before(layer, LayerHook(index))
+        if index in patch.geometry.states:
+            journal.before(layer, StateHook())
+            continue
+        journal.before(layer, LayerHook(index, patch.architecture.temperature))
         if patch.compiler is not None:
             journal.set(layer, "forward", CompiledForward(layer, patch.compiler))
     if model.can_generate():
         journal.set(model, "_prepare_cache_for_generation", CacheBuilder(model, patch))
+        if prepares_by_itself(model):
+            journal.set(model, "prepare_inputs_for_generation", CacheKeeper(model))
+        if hasattr(model, "init_continuous_batching"):
+            journal.set(model, "init_continuous_batching", NoPagedCache(policy.name))

@@ -1,15 +1,24 @@
-"""Models on disk that know their policy. Saving needs nothing here: a patched model's config carries it along."""
+"""Models on disk that know their policy, and caches on disk.
+
+Saving a model needs nothing here: a patched model's config carries its policy along.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvpolicy.errors import ModelError
+from kvpolicy.errors import CacheError, ModelError
 from kvpolicy.language import Policy, loads_policy
-from kvpolicy.patching.patch import FORMAT, apply
+from kvpolicy.patching.adapters import unwrapped
+from kvpolicy.patching.caches import geometry_of, settings_for
+from kvpolicy.patching.lengths import plan_for
+from kvpolicy.patching.patch import FORMAT, apply, patch_of
+from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.saved import load_state, read_header, shape_of
 
 
 def from_pretrained(
@@ -36,6 +45,39 @@ def from_pretrained(
     policy = recorded_policy(model.config, str(path))
     del model.config.kv_policy  # apply records it again, and remove() then leaves no trace of it
     return apply(model, policy, compile=compile, backend=backend, special_tokens=special_tokens)
+
+
+def load_cache(model: Any, path: str | Path) -> PolicyCache:
+    """A cache that `cache.save` wrote, on this model's device, ready to go on: pass it as `past_key_values`.
+
+    The model must carry the policy that the cache was made under, with the same params, and have its shape and dtype;
+    that it also has the same weights is the caller's to know.
+
+    Raises:
+        UsageError: the model carries no policy.
+        CacheError: the file holds no cache, or one of another policy, model shape or dtype.
+    """
+    patch, header = patch_of(model), read_header(path)
+    model = unwrapped(model)
+    policy, geometry = patch.policy, geometry_of(model, patch)
+    if header["digest"] != policy.digest:
+        other = "other numbers" if header["policy"] == policy.name else f"policy {header['policy']}"
+        raise CacheError(
+            f"the cache in {path} was made under {other} (digest {header['digest']}), and this model carries "
+            f"{policy.name} ({policy.digest}); apply that one to load it, or read the prompt again"
+        )
+    ours, theirs = shape_of(geometry), header["geometry"]
+    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if odd:
+        said = ", ".join(f"{name} {theirs.get(name)} and not {ours.get(name)}" for name in odd)
+        raise CacheError(f"the cache in {path} is of a model of another shape: {said}; read the prompt again")
+    lengths = header["plan"]
+    low, high = lengths["prompt"]
+    plan = plan_for(policy, geometry, (low, high), lengths["max_new_tokens"], lengths["batch"], lengths["turns"])
+    with torch.inference_mode(False):
+        cache = PolicyCache(plan, **settings_for(model, patch))
+        load_state(cache, path, header["counts"])
+    return cache
 
 
 def recorded_policy(config: Any, where: str) -> Policy:

@@ -2,10 +2,13 @@
 
 from kvpolicy.plan.build import make_plan
 from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
+from kvpolicy.plan.layer_kinds import LocalLayer
+from kvpolicy.plan.sharding import gathered, on_rank, uneven
 from kvpolicy.plan.signals import layer_needs, needs, reads_bounds, scoring_leaves
 from kvpolicy.plan.structure import (
     Buffer,
     LayerPlan,
+    LocalPlan,
     Plan,
     PoolPlan,
     ReadPlan,
@@ -19,6 +22,8 @@ __all__ = [
     "DTYPE_BYTES",
     "Buffer",
     "LayerPlan",
+    "LocalLayer",
+    "LocalPlan",
     "ModelGeometry",
     "Plan",
     "PoolPlan",
@@ -27,10 +32,13 @@ __all__ = [
     "StorePlan",
     "Stream",
     "check_supported",
+    "gathered",
     "layer_needs",
     "make_plan",
     "needs",
+    "on_rank",
     "reads_bounds",
     "scoring_leaves",
+    "uneven",
     "unsupported",
 ]

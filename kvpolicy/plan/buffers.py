@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.signals import reads_bounds, scoring_leaves
-from kvpolicy.plan.structure import Buffer, LayerPlan, PoolPlan, Stream
+from kvpolicy.plan.structure import Buffer, LayerPlan, LocalPlan, PoolPlan, Stream
 
 
 def layer_buffers(layer: LayerPlan, geometry: ModelGeometry, batch: int) -> tuple[Buffer, ...]:
@@ -82,6 +82,17 @@ def _stored_buffers(pool: PoolPlan, geometry: ModelGeometry, batch: int) -> Iter
         yield Buffer(f"{name}.zero", (*heads, *groups), scale)
         if pool.stages:
             yield Buffer(f"{name}.open", (*heads, pool.page, size), geometry.dtype)
+
+
+def local_plans(geometry: ModelGeometry, batch: int, tokens: int) -> tuple[LocalPlan, ...]:
+    """The layers that no policy touches, for rows of at most so many tokens."""
+    plans = []
+    for layer in geometry.local:
+        slots = max(1, min(layer.span, tokens))
+        shape = (batch, geometry.kv_heads, slots, geometry.head_dim)
+        numbers = (Buffer(name, shape, geometry.dtype) for name in ("keys", "values"))
+        plans.append(LocalPlan(layer, slots, (*numbers, Buffer("position", (batch, slots), "int32"))))
+    return tuple(plans)
 
 
 def clock_buffers(streams: tuple[Stream, ...], batch: int, flagged: int) -> tuple[Buffer, ...]:

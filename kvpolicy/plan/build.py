@@ -12,7 +12,7 @@ from kvpolicy.language import Policy, Quantity, QuantityError, Range
 from kvpolicy.language.base import Complaint
 from kvpolicy.language.policy import Pool, Scorer
 from kvpolicy.language.signals import definition
-from kvpolicy.plan.buffers import clock_buffers, layer_buffers
+from kvpolicy.plan.buffers import clock_buffers, layer_buffers, local_plans
 from kvpolicy.plan.geometry import ModelGeometry
 from kvpolicy.plan.sizes import Lengths, size_pools
 from kvpolicy.plan.structure import (
@@ -76,6 +76,7 @@ def make_plan(
         streams=streams,
         clocks=clock_buffers(streams, batch, high + max_new_tokens if pins_special(layers) else 0),
         prompt_chunk=chunk,
+        local=local_plans(geometry, batch, high + max_new_tokens),
     )
     _check_total(plan, lengths)
     return plan

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvpolicy.language import Policy, Quantity
 from kvpolicy.plan.geometry import DTYPE_BYTES, ModelGeometry
+from kvpolicy.plan.layer_kinds import LocalLayer
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,28 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class LocalPlan:
+    """The slots of a layer that no policy touches: a ring of as many as a query sees, or as the text has tokens."""
+
+    layer: LocalLayer
+    slots: int
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def shape(self) -> LocalPlan:
+        """What layers that run alike have in common."""
+        return replace(self, layer=replace(self.layer, index=0))
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.bytes for buffer in self.buffers)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Policy + geometry + lengths, as numbers. ``prompt`` is the (fewest, most) prompt tokens a row may bring.
+
+    ``layers`` are those that the policy governs, in its own numbering; ``local`` the model's others.
 
     ``turns`` is how many prompt turns the cache is planned for (each may leave a page half full). ``prompt_chunk``
     tokens of a row are read at once, with an update after them; None where the whole prompt is.
@@ -269,18 +290,26 @@ class Plan:
     streams: tuple[Stream, ...]
     clocks: tuple[Buffer, ...]
     prompt_chunk: int | None = None
+    local: tuple[LocalPlan, ...] = ()
 
     @property
     def bytes(self) -> int:
         """All the memory the cache allocates, in bytes, its bookkeeping included."""
-        return sum(layer.bytes for layer in self.layers) + sum(buffer.bytes for buffer in self.clocks)
+        slots = sum(layer.bytes for layer in self.layers) + self.local_bytes
+        return slots + sum(buffer.bytes for buffer in self.clocks)
+
+    @property
+    def local_bytes(self) -> int:
+        """What the layers take that no policy touches."""
+        return sum(layer.bytes for layer in self.local)
 
     @property
     def dense_bytes(self) -> int:
-        """Keys and values of the full cache at the same lengths, in bytes."""
+        """Keys and values of the full cache at the same lengths, in bytes; local layers hold no more than they see."""
         shape = self.geometry
-        tokens = self.batch * (self.prompt[1] + self.max_new_tokens)
-        return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * DTYPE_BYTES[shape.dtype]
+        length = self.prompt[1] + self.max_new_tokens
+        tokens = shape.layers * length + sum(min(local.span, length) for local in shape.local)
+        return 2 * self.batch * tokens * shape.kv_heads * shape.head_dim * DTYPE_BYTES[shape.dtype]
 
     @property
     def resident_bound(self) -> int:

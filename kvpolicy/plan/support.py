@@ -24,6 +24,8 @@ def unsupported(plan: Plan) -> Iterator[str]:
     """Every reason why the runtime would refuse this plan, in reading order."""
     for layer in plan.layers:
         yield from _layer(layer)
+        if plan.geometry.softcap is not None:
+            yield from _capped(layer)
         if plan.prompt_chunk is not None:
             yield from (f"pool {pool.name}: store beside prompt_chunk" for pool in layer.every_pool if pool.stages)
 
@@ -40,6 +42,14 @@ def _layer(layer: LayerPlan) -> Iterator[str]:
         names = ", ".join(pool.name for pool in layer.shared)
         for pool in layer.pools:
             yield from (f"pool {pool.name}: {reason} beside {names}, whose heads share" for reason in _beside(pool))
+
+
+def _capped(layer: LayerPlan) -> Iterator[str]:
+    """A page's bound is capped query by query; the runtime sums the bounds of many queries before that."""
+    for pool in layer.every_pool:
+        for leaf in scoring_leaves(pool):
+            if "bounds" in needs(leaf.signal) and leaf.queries != "current" and pool.page > 1:
+                yield f"pool {pool.name}: {leaf.signal} of several queries, where the model caps its logits"
 
 
 def _numbers_that_change(layer: LayerPlan) -> Iterator[str]:

@@ -6,7 +6,8 @@ the layers then do their five steps without asking the host anything. All state 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +17,24 @@ from transformers.cache_utils import Cache
 from kvpolicy.attention import Rotation
 from kvpolicy.attention.backends import choose_backend
 from kvpolicy.errors import CacheError
-from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan
+from kvpolicy.plan import Plan, PoolPlan, check_supported, make_plan, on_rank
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.local_layer import LocalLayer
 from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment
 from kvpolicy.runtime.protocol import new_columns
+from kvpolicy.runtime.ranks import ALONE, Ranks, merged
+from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
+from kvpolicy.runtime.state_layer import StateLayer
+from kvpolicy.runtime.tail import Tail
 
 
 class PolicyCache(Cache):
     """Fixed slots for every layer, filled and emptied as the plan's policy says.
+
+    ``layers`` are the model's, in its order; ``governed`` those that the policy governs, in its own.
 
     Args:
         plan: what ``make_plan`` made of a policy, a model's geometry and the lengths to come.
@@ -34,9 +42,12 @@ class PolicyCache(Cache):
         backend: who computes attention in generated passes: "torch", "triton", or "auto", which is triton on a GPU
             where it can run. ``cache.backend`` says what was chosen, ``cache.backend_reason`` why.
         rotation: the model's, for ``positions: compact``; ``Rotation.none()`` for numbers that carry none.
+        ranks: the processes that share the model's KV heads. ``plan`` is the whole model's on each of them, and
+            ``cache.own`` the part that lies here.
 
     Raises:
-        UsageError: the policy says what this runtime cannot do yet, or triton was asked for where it cannot run.
+        UsageError: the policy says what this runtime cannot do yet, triton was asked for where it cannot run, or the
+            heads cannot be shared out evenly.
     """
 
     loan: Any = None  # a shelf's, where the cache came from one (runtime/shelf.py)
@@ -49,6 +60,7 @@ class PolicyCache(Cache):
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         rotation: Rotation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_supported(plan)
         compact = any(layer.compact for layer in plan.layers)
@@ -61,18 +73,22 @@ class PolicyCache(Cache):
         stored = TORCH_DTYPES[plan.geometry.dtype]
         if dtype is not None and dtype != stored:
             raise CacheError(f"this plan stores {plan.geometry.dtype}, the model computes in {dtype}; plan for {dtype}")
-        self.plan = plan
+        self.ranks = ranks
+        self.plan, self.own = plan, on_rank(plan, ranks.rank, ranks.size)
         self.device = torch.device(device)
         self.clocks = Clocks(plan, self.device)
-        self.moment = Moment()
-        self.backend, self.backend_reason = choose_backend(backend, self.device, plan.geometry)
-        layers = [
+        self.moment = Moment(rotation=self.rotation)
+        self.backend, self.backend_reason = choose_backend(backend, self.device, self.own.geometry)
+        self.governed: list[Any] = [
             (SplitLayer if layer.groups else PolicyLayer)(
-                layer, plan.geometry, self.clocks, self.moment, self.device, self.backend, rotation
+                layer, self.own.geometry, self.clocks, self.moment, self.device, self.backend, rotation, ranks
             )
-            for layer in plan.layers
+            for layer in self.own.layers
         ]
-        super().__init__(layers=layers)
+        self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in self.own.local]
+        self.states = [StateLayer() for _ in plan.geometry.states]
+        super().__init__(layers=_in_order(plan, self.governed, self.local, self.states))
+        self.tail = Tail()
         self._note_cadences()
         self._forget()
 
@@ -99,6 +115,7 @@ class PolicyCache(Cache):
         self.expected: int | None = None
         self._told: dict[str, Tensor] = {}
         self.passes = {PROMPT: 0, PLAIN: 0, UPDATE: 0}
+        self.tail.forget()
         self.finish()
 
     # Opening a pass -----------------------------------------------------------------------------------------------
@@ -214,12 +231,14 @@ class PolicyCache(Cache):
         self.turn_columns += columns
         moment = self.moment
         moment.kind, moment.columns, moment.more = PROMPT, columns, more
+        self.tail.open(valid if padded else None, more)
         moment.first, moment.empty = first, empty and first
         moment.whole = first and empty and not padded
         moment.traits, moment.chunks = traits, ()
         if self.plan.prompt_chunk is None:
             moment.position, moment.places = self.clocks.prompt(valid, traits)
         else:
+            moment.position, moment.places = torch.where(valid, self.coming(columns, valid), -1), ()
             moment.chunks = cut(self.clocks, valid, traits, self.plan.prompt_chunk)
         if not more:
             self.clocks.close_turn()
@@ -306,11 +325,12 @@ class PolicyCache(Cache):
 
     def parts(self) -> Iterator[PolicyLayer]:
         """Every group of heads with equal pools, of every layer: most layers are one."""
-        for layer in self.layers:
+        for layer in self.governed:
             yield from layer.parts
 
     def _tensors(self) -> list[Tensor]:
-        return self.clocks.tensors() + [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+        slots = [tensor for part in self.parts() for tensor in part.state.all_tensors()]
+        return self.clocks.tensors() + slots + [tensor for layer in self.local for tensor in layer.tensors.values()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order (a row may come twice), in place, as beam search asks."""
@@ -323,30 +343,38 @@ class PolicyCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if repeats != 1:
-            raise CacheError(f"this cache has {self.plan.batch} rows; plan one with {self.plan.batch * repeats}")
+            raise CacheError(
+                f"this cache has {self.plan.batch} rows and cannot grow in place; cache.copy(repeats={repeats}) has "
+                f"{self.plan.batch * repeats}"
+            )
 
     def _select(self, rows: Tensor) -> None:
         tensors = self._tensors()
         for tensor in tensors:
             tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+        for state in self.states:
+            state.select(rows)
 
     # What people ask ------------------------------------------------------------------------------------------------
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache's tensors hold: what the plan announced."""
+        """Bytes that the cache's tensors hold on this rank: what the plan announced. What layers in ``states`` hold, of
+        a size that no text changes, is the model's own matter."""
         tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, layer_idx: int) -> Tensor:
-        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty.
+        """Kept positions of a layer by slot: LongTensor [B, K, S], -1 where a slot is empty; of the KV heads here.
 
         Slots that KV heads share come last; there -1 also stands where a token is another head's.
         """
-        return self.layers[layer_idx].positions()
+        return self.governed[layer_idx].positions()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, *, everywhere: bool = False) -> dict[str, Any]:
         """Counts over all layers, rows and KV heads; asks the device, so not for the middle of a loop.
+
+        The KV heads are those of this rank; with ``everywhere``, which all ranks must then call, those of the model.
 
         ``pools`` maps a name to tokens ``resident`` (most in any row and head), ``peak`` (most held between updates),
         ``bound`` (the plan's), and in all ``seen``, ``evicted`` for good, and ``moved`` on to another pool.
@@ -356,15 +384,34 @@ class PolicyCache(Cache):
             for pool in part.plan.pools:
                 _count(part, pool, pools.setdefault(pool.name, dict.fromkeys(COUNTED, 0)))
         resident = max(int((part.state.all_positions >= 0).sum(-1).max()) for part in self.parts())
-        return {
+        stats = {
             "pools": pools,
             "evicted": sum(counts["evicted"] for counts in pools.values()),
             "resident": resident,
-            "resident_peak": max(layer.peak() for layer in self.layers),
+            "resident_peak": max(layer.peak() for layer in self.governed),
             "bound": self.plan.resident_bound,
             "bytes": self.bytes,
             "passes": dict(self.passes),
         }
+        return merged(self.ranks.collect(stats)) if everywhere else stats
+
+    def copy(self, repeats: int = 1) -> PolicyCache:
+        """A cache of its own in the same state: fork a prompt that was read once, and let each copy go its own way.
+
+        ``repeats`` gives every row so many times, one after the other, as ``num_return_sequences`` does.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        return copied(self, repeats)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file; ``kvpolicy.load_cache(model, path)`` reads it.
+
+        Raises:
+            CacheError: a pass or a prompt turn is under way.
+        """
+        save_cache(self, path)
 
     def extend(self, *, prompt: int | tuple[int, int] | None = None, max_new_tokens: int | None = None) -> None:
         """Plan anew for longer lengths (totals over the cache's life) and move what is resident. Not inside a pass.
@@ -383,10 +430,18 @@ class PolicyCache(Cache):
             turns=self.plan.turns + 1,
         )
         self.clocks.extend(plan)
-        for number, layer in enumerate(plan.layers):
-            self.layers[number].replan(layer)
-        self.plan = plan
+        own = on_rank(plan, self.ranks.rank, self.ranks.size)
+        for layer, sizes in zip((*self.governed, *self.local), (*own.layers, *own.local), strict=True):
+            layer.replan(sizes)
+        self.plan, self.own = plan, own
         self._note_cadences()
+
+
+def _in_order(plan: Plan, governed: Sequence[Any], local: Sequence[Any], states: Sequence[Any]) -> list[Any]:
+    """The layers as the model numbers them."""
+    numbers = (*plan.geometry.governed, *(layer.layer.index for layer in plan.local), *plan.geometry.states)
+    by_number = dict(zip(numbers, (*governed, *local, *states), strict=True))
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _known(**flags: Tensor | None) -> dict[str, Tensor]:

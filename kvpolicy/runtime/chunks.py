@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Formula
 from kvpolicy.runtime.clocks import Clocks, Places, StreamClock
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Formula], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ def _stream(clock: StreamClock, heard: Tensor, columns: int) -> StreamClock:
     return now
 
 
-def attend_in_chunks(layer: Any, query: Tensor, key: Tensor, value: Tensor, attend: Attend, scaling: float) -> Tensor:
+def attend_in_chunks(layer: Any, query: Tensor, key: Tensor, value: Tensor, attend: Attend, formula: Formula) -> Tensor:
     """Attention [B, N, Q, D] of a prompt pass; ``attend`` does a pass by the layer's moment and clocks."""
     moment, clocks = layer.moment, layer.clocks
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     try:
         for number, chunk in enumerate(moment.chunks):
             layer.moment, layer.clocks = moment.at(number), chunk.clocks
-            chunk.put(attend(chunk.of(query), chunk.of(key), chunk.of(value), scaling), out)
+            chunk.put(attend(chunk.of(query), chunk.of(key), chunk.of(value), formula), out)
             if layer.shows_reading:
                 layer.after_chunks[number:] = [layer.state.all_positions.clone()]
     finally:

@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from kvpolicy.errors import ModelError
-from kvpolicy.plan import LayerPlan
+from kvpolicy.plan import LayerPlan, LocalPlan
 from kvpolicy.runtime.artefacts import artefacts_kept
-from kvpolicy.runtime.unchanged import Unchanged
+from kvpolicy.runtime.tracing import TRACING
+from kvpolicy.runtime.unchanged import Unchanged, made_of
 
 CAPTURE = "transformers.utils.output_capturing"
+
+SETTING = bool | int | float | str | None
+"""Of these types are the attributes of a module that its code may branch on."""
 
 # torch 2.13 and later: without it the limit is held by our backend alone.
 _LIMIT: dict[str, Any] = (
@@ -52,10 +56,12 @@ class StepCompiler:
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self._steps: dict[Hashable, CompiledStep] = {}
-        self._shapes: dict[LayerPlan, int] = {}
+        self._shapes: dict[LayerPlan | LocalPlan, int] = {}
         self._numbers = itertools.count()  # its `next` is one operation: two threads never get the same number
         self._making = threading.Lock()
-        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan, int]] = weakref.WeakKeyDictionary()
+        self._shape_of: weakref.WeakKeyDictionary[Any, tuple[LayerPlan | LocalPlan, int]] = weakref.WeakKeyDictionary()
+        self._forms: dict[Hashable, int] = {}
+        self._form_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepCompiler, (self.backend,)
@@ -70,20 +76,21 @@ class StepCompiler:
     settled = True
     """Whether nothing that is now eager will be compiled later."""
 
-    def ready(self, layer: nn.Module, kv_layer: Any, hidden: Tensor, rotation: Tensor) -> bool:
+    def ready(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether this pass may be compiled: at once."""
         return True
 
     def close(self) -> None:
         """The policy came off."""
 
-    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor) -> CompiledStep:
-        """The compiled object for this layer and this pass.
+    def step(self, layer: nn.Module, kv_layer: Any, hidden_states: Tensor, make: Hashable = None) -> CompiledStep:
+        """The compiled object for this layer and this pass; ``make``: what the layer is made of (`made_of`).
 
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
         """
         key = (
-            type(layer),
+            self._form(layer),
+            make,
             self._shape(kv_layer),
             kv_layer.moment.kind,
             kv_layer.backend,
@@ -103,6 +110,13 @@ class StepCompiler:
                     self._steps[key] = CompiledStep(name, self.backend)
         return self._steps[key]
 
+    def _form(self, layer: nn.Module) -> int:
+        """Layers of one form run alike. It is looked at once: what a layer says later is a change, not a form."""
+        known = self._form_of.get(layer)
+        if known is None:
+            self._form_of[layer] = known = self._forms.setdefault(form_of(layer), next(self._numbers))
+        return known
+
     def _shape(self, kv_layer: Any) -> int:
         """Layers of one shape run alike. Comparing plans is slow: once per cache."""
         known = self._shape_of.get(kv_layer)
@@ -110,6 +124,23 @@ class StepCompiler:
             shape = self._shapes.setdefault(kv_layer.plan.shape, next(self._numbers))
             self._shape_of[kv_layer] = known = (kv_layer.plan, shape)
         return known[1]
+
+
+def form_of(layer: nn.Module) -> Hashable:
+    """What the code of a decoder layer goes by: its modules, the shapes of what they hold, and their settings.
+
+    Layers of one class may differ in it: some have experts, some turn no keys. Which layer it is (`layer_idx`) is left
+    out, for no pass over a policy's cache reads it.
+    """
+    form: list[Hashable] = []
+    for name, part in layer.named_modules():
+        settings = {key: value for key, value in vars(part).items() if isinstance(value, SETTING) and key[0] != "_"}
+        tensors = {**part._parameters, **part._buffers}
+        shapes = ((key, tuple(tensor.shape)) for key, tensor in tensors.items() if tensor is not None)
+        form.append(
+            (name, type(part), frozenset(settings.items() - {("layer_idx", settings.get("layer_idx"))}), *shapes)
+        )
+    return tuple(form)
 
 
 class CompiledStep:
@@ -126,19 +157,21 @@ class CompiledStep:
         function = types.FunctionType(code, decoder_step.__globals__, name)
         self.direct: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] | None = None
         self._code = code
-        self._first, self._ran = threading.Lock(), False
+        self._ran = False
         entry = _Entry(weakref.ref(self))
         self._compiled = torch.compile(function, backend=entry, fullgraph=True, dynamic=False, **_LIMIT)
         weakref.finalize(self, entry.leave, code).atexit = False
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
         if not self._ran:
-            with self._first:  # a thread that comes while another compiles takes what that has made
-                if not self._ran:
+            with TRACING.trace():
+                if not self._ran:  # unless another thread was first
                     return self._run_first(layer, hidden_states, arguments)
-        return self._run(layer, hidden_states, arguments)
+        with TRACING.run():
+            return self._run(layer, hidden_states, arguments)
 
     def _run_first(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The call that compiles."""
         before = sum(counters["graph_break"].values())
         try:
             with _without_capture(layer):
@@ -228,6 +261,16 @@ def _without_capture(layer: nn.Module) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a layer while it stays what it was: what it is made of, and the steps whose guards have held
+    since. Frozen, and so replaced as a whole: threads share it."""
+
+    snapshot: Unchanged
+    make: Hashable
+    held: frozenset[CompiledStep]
+
+
 class CompiledForward:
     """Stands in for `forward` on one decoder layer: compiled for generated steps over a policy's cache, else as before.
 
@@ -236,7 +279,7 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, compiler: StepCompiler) -> None:
         self.layer, self.compiler = layer, compiler
-        self._known: tuple[Unchanged, set[CompiledStep]] | None = None  # the steps whose guards have held since then
+        self._known: Known | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layer": self.layer, "compiler": self.compiler, "_known": None}
@@ -244,23 +287,28 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
         if kv_layer is None or kv_layer.moment.kind == "prompt":
-            return type(self.layer).forward(self.layer, *args, **kwargs)
+            return self._eager(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        if not self.compiler.ready(self.layer, kv_layer, hidden_states, kwargs["position_embeddings"][0]):
-            return type(self.layer).forward(self.layer, *args, **kwargs)
-        rows = hidden_states.shape[0]
-        step = self.compiler.step(self.layer, kv_layer, hidden_states)
-        hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
-        known = self._known  # another thread may put a new one in its place meanwhile
-        if known is not None and not known[0].still():
+        if not self.compiler.ready(self.layer, hidden_states, kwargs):
+            return self._eager(*args, **kwargs)
+        known = self._known
+        if known is not None and not known.snapshot.still():
             known = None
-        if known is not None and step in known[1] and step.direct is not None:
-            return step.direct(self.layer, hidden_states, arguments)
+        make = made_of(self.layer) if known is None else known.make
+        rows = hidden_states.shape[0]
+        step = self.compiler.step(self.layer, kv_layer, hidden_states, make)
+        hidden_states, arguments = _canonical(hidden_states, rows), _step_arguments(kwargs, rows)
+        if known is not None and step in known.held and step.direct is not None:
+            with TRACING.run():
+                return step.direct(self.layer, hidden_states, arguments)
         result = step(self.layer, hidden_states, arguments)
-        if known is None:
-            self._known = known = (Unchanged(self.layer), set())
-        known[1].add(step)
+        known = known or Known(Unchanged(self.layer), make, frozenset())
+        self._known = replace(known, held=known.held | {step})
         return result
+
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        with TRACING.run():
+            return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
 def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -268,13 +316,12 @@ def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
     `position_ids` are dropped: a decoder layer reads the rotation only, and a caller may leave them out.
     """
-    cos, sin = kwargs["position_embeddings"]
-    return {
-        "attention_mask": None,
-        "position_embeddings": (_canonical(cos, rows), _canonical(sin, rows)),
-        "past_key_values": None,
-        "kv_layer": kwargs["kv_layer"],
-    }
+    turned = kwargs["position_embeddings"]  # cos and sin; of Llama 4 one complex tensor
+    angles = (
+        _canonical(turned, rows) if isinstance(turned, Tensor) else tuple(_canonical(each, rows) for each in turned)
+    )
+    ours = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
+    return {"attention_mask": None, "position_embeddings": angles, "past_key_values": None, **ours}
 
 
 def _canonical(tensor: Tensor, rows: int) -> Tensor:

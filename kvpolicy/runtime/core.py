@@ -14,7 +14,7 @@ from kvpolicy.attention import (
 )
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.evict import Leave
 from kvpolicy.runtime.fused import Fusion
@@ -23,6 +23,7 @@ from kvpolicy.runtime.moving import move
 from kvpolicy.runtime.packing import outlives_slots, pack
 from kvpolicy.runtime.pool import PoolPolicy
 from kvpolicy.runtime.protocol import FixedLayer
+from kvpolicy.runtime.ranks import ALONE, Ranks
 from kvpolicy.runtime.reading import Reader
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.turn import Turn
@@ -46,9 +47,13 @@ class LayerCore(FixedLayer):
         device: Any,
         backend: str = TORCH,
         rotation: Rotation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.geometry = geometry
+        self.dtype = TORCH_DTYPES[geometry.dtype]
+        self.ranks = ranks
+        self.heads = geometry.kv_heads
         self.backend = backend
         self.clocks = clocks
         self.moment = moment
@@ -61,7 +66,7 @@ class LayerCore(FixedLayer):
 
     def _adopt(self, plan: LayerPlan) -> None:
         self.plan = plan
-        self.state = LayerState(plan, self.device, self.clocks)
+        self.state = LayerState(plan, self.device, self.clocks, self.ranks)
         self.policies = {pool.name: PoolPolicy(pool) for pool in plan.pools}
         self.ordered = [plan.pools[index] for index in plan.order]
         self.chosen: dict[str, Tensor] = {}
@@ -145,7 +150,7 @@ class LayerCore(FixedLayer):
             if self.compact is not None:
                 queries = self.compact.queries(queries, placed, position)
             own = {"read": seen.read, "turned": seen.turned}
-            sights[str(last)] = LastQueries(state, seen.scaling, seen.candidates, queries, placed, position, **own)
+            sights[str(last)] = LastQueries(state, seen.formula, seen.candidates, queries, placed, position, **own)
         return sights
 
 

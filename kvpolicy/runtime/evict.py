@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def excess_units(policy: PoolPolicy, page: int, count: Tensor, values: Mapping[s
 def drop_keys(pool: PoolPlan, state: LayerState, score: Tensor, candidate: Tensor) -> Tensor:
     """The order in which units may go, lowest first [B, K, U]; LAST_KEY where a unit may not."""
     if pool.scope == "layer":
-        score = score.mean(1, keepdim=True).expand_as(score)
+        score = state.ranks.gather(score).mean(1, keepdim=True).expand_as(score)
     return order_keys(score, state.unit_position(pool), candidate, LAST_KEY)
 
 
@@ -76,6 +77,13 @@ def drop_some(
     _empty(pool, state, victim, gone)
     if pool.pin_survivors:
         _mark_survivors(pool, state, due)
+
+
+def _stay_across_ranks(state: LayerState, keys: Tensor, room: Tensor, floor: Fraction) -> Tensor:
+    """How many candidates stay in each head that lies here [B, K], of ``keys`` [B, K, U] and ``room`` [B, K] here."""
+    every = state.ranks.gather(torch.cat([keys, room[..., None]], dim=-1))
+    keys, room = every[..., :-1], every[..., -1]
+    return state.ranks.here(stay_across_heads(keys, keys < LAST_KEY, room, floor))
 
 
 def record_size(pool: PoolPlan, state: LayerState, clocks: Clocks) -> None:
@@ -127,7 +135,7 @@ def drop_all_at_once(
     keys = drop_keys(pool, state, score, candidate)
     if pool.scope == "across-heads":
         room = policy.may_stay(state, candidate, values).clamp(min=0)
-        excess = candidate.sum(-1) - stay_across_heads(keys, candidate, room, pool.floor)
+        excess = candidate.sum(-1) - _stay_across_ranks(state, keys, room, pool.floor)
     excess = torch.where(spoken[:, None], excess, 0)
     rank = keys.argsort(-1).argsort(-1)
     gone = (rank < excess[..., None]) & candidate

@@ -137,10 +137,16 @@ def _reasons(plan: LayerPlan, arrival: PoolPlan, working: PoolPlan | None) -> It
         if pool.size_read and (pool is working or (pool is arrival and not pool.evicts)):
             yield f"size({pool.name}) changes while generating"
     for pool in {arrival.name: arrival, **({working.name: working} if working else {})}.values():
+        if plan.members not in ((), tuple(range(len(plan.members)))) and _draws(pool):
+            yield f"pool {pool.name} draws by the numbers of its heads in the model, which the kernels count from 0"
         if pool.evicts:
             yield from (f"pool {pool.name}: {reason}" for reason in _scorer_reasons(pool))
     if working is not None:
         yield from (f"pool {working.name}: {reason}" for reason in _work_reasons(plan, working))
+
+
+def _draws(pool: PoolPlan) -> bool:
+    return any(leaf.signal == "random" for leaf in pool.scorer.leaves())
 
 
 def _scorer_reasons(pool: PoolPlan) -> Iterator[str]:

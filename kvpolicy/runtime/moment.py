@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from kvpolicy.attention import Rotation
+from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan
 from kvpolicy.runtime.chunks import Chunk
 from kvpolicy.runtime.clocks import Places
@@ -22,7 +24,8 @@ class Moment:
     have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
     empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
     update follows each.
-    ``plan`` and ``kinds`` do not change from pass to pass: the cache's plan, and the kinds of its generated passes.
+    ``plan``, ``kinds`` and ``rotation`` do not change from pass to pass: the cache's plan, the kinds of its generated
+    passes, and how keys are turned where positions are compact.
     """
 
     kind: str | None = None
@@ -37,6 +40,7 @@ class Moment:
     plan: Plan | None = None
     kinds: tuple[str, ...] = ()
     chunks: tuple[Chunk, ...] = ()
+    rotation: Rotation | None = None
 
     def at(self, number: int) -> Moment:
         """The same for one of its chunks alone, which ends as a turn does."""
@@ -52,3 +56,18 @@ class Moment:
             empty=self.empty and begins,
             chunks=(),
         )
+
+
+def opened(moment: Moment) -> str:
+    """The kind of the pass that is open.
+
+    Raises:
+        CacheError: none is.
+    """
+    if moment.kind is None:
+        raise CacheError(
+            "this pass was not opened: the model was called in a way that skips kvpolicy's hooks (a model compiled "
+            "as a whole, or a decoder layer called by hand); call cache.begin(columns) before each pass, or let "
+            "kvpolicy compile it: kvpolicy.apply(model, policy, compile=True)"
+        )
+    return moment.kind

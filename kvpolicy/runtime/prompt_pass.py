@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kvpolicy.attention import (
+    Formula,
     attend_prompt,
     attend_prompt_and_sum,
     newest_queries,
@@ -27,7 +28,7 @@ from kvpolicy.scorers.sight import EveryQuery, NewestQuery, Sight
 class PromptPass(LayerCore):
     """A layer that takes prompt passes."""
 
-    def _prompt(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _prompt(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
         moment = self.moment
         assert moment.position is not None
         if moment.first or self.turn is None:
@@ -41,13 +42,15 @@ class PromptPass(LayerCore):
         if self.compact is not None and not moment.empty:  # in an empty cache ranks are positions
             query, keys = self.compact.at_ranks(query, moment.position, keys, wide.position)
         if self.sums_prompt:
-            out, sums = self._attend_and_sum(query, keys, wide, scaling)
-        elif moment.whole:
+            out, sums = self._attend_and_sum(query, keys, wide, formula)
+        elif moment.whole and formula.plain:
             grouped = query.shape[1] > key.shape[1]
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=formula.scaling, enable_gqa=grouped
+            )
         else:
-            out = attend_prompt(query, keys, wide.values, moment.position, wide.position, scaling)
-        self._learn_and_drop_prompt(query, keys, wide, scaling, sums)
+            out = attend_prompt(query, keys, wide.values, moment.position, wide.position, formula)
+        self._learn_and_drop_prompt(query, keys, wide, formula, sums)
         if not moment.more:
             pack(self.turn.state, self.state, self.clocks)
             self.turn = None
@@ -62,7 +65,7 @@ class PromptPass(LayerCore):
         window[row, :, slot] = newest[row, :, which]
         placed[row, slot] = place[row, which].to(placed.dtype)
 
-    def _attend_and_sum(self, query: Tensor, keys: Tensor, wide: LayerState, scaling: float) -> tuple[Tensor, Tensor]:
+    def _attend_and_sum(self, query: Tensor, keys: Tensor, wide: LayerState, formula: Formula) -> tuple[Tensor, Tensor]:
         """Attention of a prompt pass, and what its queries paid to each slot [B, K, G, S]."""
         moment = self.moment
         assert moment.position is not None
@@ -76,7 +79,7 @@ class PromptPass(LayerCore):
             wide.values[:, :, span],
             moment.position,
             wide.position[:, :, span],
-            scaling,
+            formula,
             in_order=in_order,
             padded=not moment.whole,
         )
@@ -85,7 +88,7 @@ class PromptPass(LayerCore):
         return out, sums
 
     def _learn_and_drop_prompt(
-        self, query: Tensor, keys: Tensor, wide: LayerState, scaling: float, sums: Tensor | None
+        self, query: Tensor, keys: Tensor, wide: LayerState, formula: Formula, sums: Tensor | None
     ) -> None:
         """Steps 4 and 5 of a prompt pass, on the turn's workspace; only the turn's last pass drops."""
         clocks, last = self.clocks, not self.moment.more
@@ -94,7 +97,7 @@ class PromptPass(LayerCore):
             return
         values = readings(wide, clocks)
         candidates = {policy.name: policy.candidates(wide, clocks, values) for policy in working}
-        sights, active = self._prompt_sights(query, keys, wide, scaling, candidates, sums)
+        sights, active = self._prompt_sights(query, keys, wide, formula, candidates, sums)
         for policy in working:
             policy.observe(sights, clocks, values, active)
         spoken = clocks.turn_tokens > 0  # a row that brought nothing to this turn has had none
@@ -117,7 +120,7 @@ class PromptPass(LayerCore):
         query: Tensor,
         keys: Tensor,
         wide: LayerState,
-        scaling: float,
+        formula: Formula,
         candidates: dict[str, Tensor],
         sums: Tensor | None,
     ) -> tuple[dict[str, Sight], Tensor]:
@@ -126,9 +129,9 @@ class PromptPass(LayerCore):
         assert position is not None
         active = (position >= 0).any(1)
         before = wide.position.clone()  # what queries saw, whatever other pools drop before a pool's turn comes
-        scores = kernel_prompt_scores if self.backend == TRITON else prompt_scores
+        scores = _scores_by_kernel if self.backend == TRITON else prompt_scores
         turned = None if self.compact is None else keys
-        every = EveryQuery(wide, scaling, candidates, query, position, before, sums, scores, turned=turned)
+        every = EveryQuery(wide, formula, candidates, query, position, before, sums, scores, turned=turned)
         working = [self.policies[name] for name in candidates]
         sights = {"all": every, **self._windows(working, wide, before, every)}
         if not any(leaf.queries == "current" for name in candidates for leaf in self.policies[name].leaves):
@@ -139,6 +142,12 @@ class PromptPass(LayerCore):
         one = grouped.gather(3, index).squeeze(3)
         hidden = (wide.position < 0) | ~active[:, None, None]
         one = torch.where(active[:, None, None, None], one, 0.0)
-        current = NewestQuery.of(wide, one, hidden, scaling, turned)
+        current = NewestQuery.of(wide, one, hidden, formula, turned)
         current.candidates = candidates
         return {"current": current, **sights}, active
+
+
+def _scores_by_kernel(
+    query: Tensor, keys: Tensor, query_position: Tensor, key_position: Tensor, formula: Formula, signal: str, heads: str
+) -> Tensor:
+    return kernel_prompt_scores(query, keys, query_position, key_position, formula.scaling, signal, heads)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError
 from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.moment import PROMPT, Moment, opened
 
 
 class FixedLayer(CacheLayerMixin):
@@ -17,7 +19,20 @@ class FixedLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
     is_sliding = False
+    window: int | None = None  # what the model calls its sliding window; None where the whole text is in sight
     clocks: Clocks
+    heads: int
+    """KV heads that it caches."""
+    dtype: torch.dtype
+    """Of the numbers it attends with: the plan's, whatever its pools are stored in."""
+    moment: Moment
+
+    @property
+    def query_position(self) -> Tensor:
+        """Where the queries of the pass that is open stand in their rows' text [B, N], -1 for padding."""
+        position = self.moment.position if opened(self.moment) == PROMPT else self.clocks.position[:, None]
+        assert position is not None
+        return position
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is lazy: the plan knew every size."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import Rotation
+from kvpolicy.attention import Formula, Rotation
 from kvpolicy.plan import LayerPlan, ModelGeometry
-from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import Moment
 from kvpolicy.runtime.protocol import FixedLayer
+from kvpolicy.runtime.ranks import ALONE, Ranks
 
 
 class SplitLayer(FixedLayer):
@@ -30,29 +31,33 @@ class SplitLayer(FixedLayer):
         device: Any,
         backend: str,
         rotation: Rotation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.plan = plan
+        self.dtype = TORCH_DTYPES[geometry.dtype]
         self.clocks = clocks
         self.moment = moment
         self.backend = backend
         self.device = torch.device(device)
         self.is_initialized = True
         self.parts = [
-            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend, rotation)
+            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend, rotation, ranks)
             for group in plan.groups
         ]
-        self.kv_heads = [torch.tensor(group.members, device=self.device) for group in plan.groups]
+        self.heads = geometry.kv_heads
+        first = min(head for group in plan.groups for head in group.members)  # above 0 on all ranks but the first
+        self.kv_heads = [torch.tensor(group.members, device=self.device) - first for group in plan.groups]
         group = torch.arange(geometry.group, device=self.device)
         self.query_heads = [(heads[:, None] * geometry.group + group).flatten() for heads in self.kv_heads]
         self.in_order = torch.cat(self.query_heads).argsort()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
         """Attention output [B, N, Q, D]; shapes as in ``PolicyLayer.forward``."""
         outputs = []
         for part, kv_heads, query_heads in zip(self.parts, self.kv_heads, self.query_heads, strict=True):
             given = (query.index_select(1, query_heads), key.index_select(1, kv_heads), value.index_select(1, kv_heads))
-            outputs.append(part.forward(*given, scaling))
+            outputs.append(part.forward(*given, formula.of_heads(query_heads)))
         return torch.cat(outputs, dim=2).index_select(2, self.in_order)
 
     def replan(self, plan: LayerPlan) -> None:

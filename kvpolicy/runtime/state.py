@@ -16,14 +16,15 @@ from torch import Tensor
 from kvpolicy.attention import mix_shared
 from kvpolicy.plan import LayerPlan, PoolPlan
 from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
+from kvpolicy.runtime.ranks import ALONE, Ranks
 from kvpolicy.runtime.stored import opened_up
 
 
 class LayerState:
     """Tensors of one layer by buffer name, and views of them by pool. Shapes: see ``plan.structure``."""
 
-    def __init__(self, plan: LayerPlan, device: torch.device, clocks: Clocks) -> None:
-        self.plan, self.clocks = plan, clocks
+    def __init__(self, plan: LayerPlan, device: torch.device, clocks: Clocks, ranks: Ranks = ALONE) -> None:
+        self.plan, self.clocks, self.ranks = plan, clocks, ranks
         self.pools = {pool.name: pool for pool in plan.pools}
         self.names_read = {name for pool in plan.pools for _, quantity in pool.quantities() for name in quantity.names}
         self.tensors: dict[str, Tensor] = {

@@ -12,11 +12,13 @@ from einops import rearrange
 from torch import Tensor
 
 from kvpolicy.attention import (
+    Formula,
     attend_pages,
     attend_part,
     attend_shared,
     attend_slots,
     merge_parts,
+    sink_part,
 )
 from kvpolicy.attention.backends import TRITON
 from kvpolicy.attention.kernels.library import attend_pages as kernel_pages
@@ -33,12 +35,12 @@ from kvpolicy.scorers.sight import NewestQuery, Sight, masked_softmax
 class TokenPass(LayerCore):
     """A layer that takes generated passes."""
 
-    def _token(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, kind: str) -> Tensor:
+    def _token(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula, kind: str) -> Tensor:
         state = self.state
         if "queries" in state.tensors:
             self._remember_query(query)
         if self.fused is not None:
-            return self.fused(query, key, value, scaling, kind == UPDATE)
+            return self.fused(query, key, value, formula.scaling, kind == UPDATE)
         self._admit(key, value)
         turned: Tensor | None = None
         if self.compact is not None:
@@ -46,32 +48,32 @@ class TokenPass(LayerCore):
             query, turned = self.compact.at_ranks(query, newest, state.all_keys(), state.position)
         grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=state.keys.shape[1])
         attend = self._attend_to_chosen if self.readers or self.plan.shared else self._attend_to_all
-        out, sight = attend(grouped, turned, scaling, kind)
+        out, sight = attend(grouped, turned, formula, kind)
         self._learn_and_drop(sight, kind == UPDATE)
         if self.arrival is not None and self.arrival.store is not None:
             settle(state, self.arrival)
         return rearrange(out, "b k g d -> b 1 (k g) d")
 
     def _attend_to_all(
-        self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
+        self, query: Tensor, turned: Tensor | None, formula: Formula, kind: str
     ) -> tuple[Tensor, NewestQuery]:
         """Step 3 where every resident is read: attention of one query a row [B, K, G, D]."""
         state, wanted = self.state, self.reads_logits[kind]
-        sight = NewestQuery(state, scaling, {}, query, turned=turned)
+        sight = NewestQuery(state, formula, {}, query, turned=turned)
         keys, values = sight.keys, state.all_values()
         if self.backend == TRITON:
-            out, logits = decode_attention(query, keys, values, state.position, scaling, wanted)
+            out, logits = decode_attention(query, keys, values, state.position, formula.scaling, wanted)
             if wanted:
                 sight.all_logits, sight.probabilities = logits, torch.softmax(logits, dim=-1)
-        elif wanted:
-            out, sight.all_logits, sight.probabilities = attend_slots(query, keys, values, state.position < 0, scaling)
+        elif wanted or not formula.plain:
+            out, sight.all_logits, sight.probabilities = attend_slots(query, keys, values, state.position < 0, formula)
         else:
             visible = (state.position >= 0)[:, :, None]
-            out = F.scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
+            out = F.scaled_dot_product_attention(query, keys, values, visible, scale=formula.scaling)
         return out, sight
 
     def _attend_to_chosen(
-        self, query: Tensor, turned: Tensor | None, scaling: float, kind: str
+        self, query: Tensor, turned: Tensor | None, formula: Formula, kind: str
     ) -> tuple[Tensor, NewestQuery]:
         """Steps 2 and 3 where pools select, or heads share slots: attention of one query a row [B, K, G, D] over what
         is read.
@@ -80,9 +82,9 @@ class TokenPass(LayerCore):
         """
         state, clocks = self.state, self.clocks
         hidden = state.position < 0
-        sight = NewestQuery(state, scaling, {}, query, turned=turned)
+        sight = NewestQuery(state, formula, {}, query, turned=turned)
         if self.reads_logits[kind] or any(reader.reads_logits for reader in self.readers):
-            sight = NewestQuery.of(state, query, hidden, scaling, turned)
+            sight = NewestQuery.of(state, query, hidden, formula, turned)
         values = readings(state, clocks)
         chosen = {reader.name: reader.choose(state, clocks, values, sight) for reader in self.readers}
         sight.candidates = {}
@@ -90,9 +92,8 @@ class TokenPass(LayerCore):
             self.chosen, self.attended = chosen, state.position.clone()
         if self.reads_logits[kind]:
             sight.read = read_slots(state, chosen)
-            sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None])
+            sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None], formula)
             return state.mix(sight.probabilities), sight
-        attend_paged = kernel_pages if self.backend == TRITON else attend_pages
         parts = []
         for pools in self.stretches:
             span = slice(pools[0].offset, pools[-1].offset + pools[-1].capacity)
@@ -101,11 +102,21 @@ class TokenPass(LayerCore):
             given = (query, keys, state.values[:, :, span] if whole else state.pool_values(pools[0]))
             if pools[0].name in chosen:
                 index = chosen[pools[0].name].int()
-                parts.append(attend_paged(*given, state.position[:, :, span], index, pools[0].page, scaling))
+                parts.append(self._attend_pages(*given, state.position[:, :, span], index, pools[0].page, formula))
             else:
-                parts.append(attend_part(*given, hidden[:, :, span], scaling))
-        parts += [attend_shared(query, keys, values, owner, scaling) for keys, values, owner in state.shared_slots]
+                parts.append(attend_part(*given, hidden[:, :, span], formula))
+        parts += [attend_shared(query, keys, values, owner, formula) for keys, values, owner in state.shared_slots]
+        sink = formula.sink(query.shape[1])
+        if sink is not None:
+            parts.append(sink_part(parts[0][0], sink))
         return merge_parts(*zip(*parts, strict=True))[0] if len(parts) > 1 else parts[0][0], sight
+
+    def _attend_pages(
+        self, query: Tensor, keys: Tensor, values: Tensor, position: Tensor, index: Tensor, page: int, formula: Formula
+    ) -> tuple[Tensor, Tensor]:
+        if self.backend == TRITON:
+            return kernel_pages(query, keys, values, position, index, page, formula.scaling)
+        return attend_pages(query, keys, values, position, index, page, formula)
 
     def _remember_query(self, query: Tensor) -> None:
         """Put the newest query [B, Q, 1, D] over the oldest of the window."""

@@ -29,7 +29,8 @@ class Turn:
         self.geometry = geometry
         held = {pool.name: state.resident_units(pool).sum(-1) for pool in state.plan.shared}
         self.base = {pool.name: 0 if empty else pool.units for pool in state.plan.pools}
-        self.base |= {name: int(count.max()) for name, count in held.items()}  # units of the fullest head
+        if not empty:  # units of the fullest head, so that all ranks number alike
+            self.base |= {name: state.ranks.largest(int(count.max())) for name, count in held.items()}
         self.begun = False
         self.state = state
         self.landing: dict[str, int] = {}  # by pool that sends, the first of the units that it fills elsewhere
@@ -60,7 +61,7 @@ class Turn:
             offset += pools[-1].capacity
         plan = replace(old.plan, pools=tuple(pools))
         plan = replace(plan, buffers=layer_buffers(plan, self.geometry, old.position.shape[0]))
-        wide = LayerState(plan, old.position.device, clocks)
+        wide = LayerState(plan, old.position.device, clocks, old.ranks)
         for policy in policies.values():
             for leaf in policy.leaves:
                 if leaf.memory in CLOCKED:

@@ -15,12 +15,21 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kvpolicy.attention import Reduce, column_sums, prompt_scores, reduce_heads, scaled_logits, shared_logits
+from kvpolicy.attention import (
+    Formula,
+    Reduce,
+    column_sums,
+    prompt_scores,
+    reduce_heads,
+    scaled_logits,
+    shared_logits,
+    sink_softmax,
+)
 from kvpolicy.errors import UsageError
 from kvpolicy.plan import PoolPlan, ScorerPlan
 
 # ``attention.columns.prompt_scores``, or another backend's.
-PromptScores = Callable[[Tensor, Tensor, Tensor, Tensor, float, str, str], Tensor]
+PromptScores = Callable[[Tensor, Tensor, Tensor, Tensor, Formula, str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Sight:
     """
 
     state: Any
-    scaling: float
+    formula: Formula
     candidates: dict[str, Tensor] = field(default_factory=dict)
     read: Tensor | None = field(default=None, kw_only=True)
     turned: Tensor | None = field(default=None, kw_only=True)
@@ -159,17 +168,24 @@ class Sight:
         return values.float()
 
 
-def masked_softmax(logits: Tensor, domain: Tensor | None) -> Tensor:
-    """Softmax over the last dimension within ``domain`` (broadcast); 0 outside, and where nothing is inside."""
+def masked_softmax(logits: Tensor, domain: Tensor | None, formula: Formula | None = None) -> Tensor:
+    """Softmax over the last dimension within ``domain`` (broadcast); 0 outside, and where nothing is inside.
+
+    With a ``formula``, beside its sinks, which are no token's: what attention itself computes, and not what a softmax
+    over some of the tokens means. logits are then [B, K, G, ..., S].
+    """
     if domain is not None:
         logits = logits.masked_fill(~domain, float("-inf"))
-    return torch.nan_to_num(torch.softmax(logits, dim=-1), nan=0.0)
+    sink = None if formula is None else formula.sink(logits.shape[1])
+    if sink is not None:
+        sink = sink.view(*sink.shape, *[1] * (logits.dim() - 3))
+    return torch.nan_to_num(sink_softmax(logits, sink), nan=0.0)
 
 
-def beside_shared(logits: Tensor, state: Any, query: Tensor, scaling: float) -> Tensor:
+def beside_shared(logits: Tensor, state: Any, query: Tensor, formula: Formula) -> Tensor:
     """Logits [B, K, G, S] of queries [B, K, G, D] over the slots that each head has, and behind them those over slots
     that heads share."""
-    shared = [shared_logits(query, keys, owner, scaling) for keys, _, owner in state.shared_slots]
+    shared = [shared_logits(query, keys, owner, formula) for keys, _, owner in state.shared_slots]
     return torch.cat([logits, *shared], dim=-1) if shared else logits
 
 
@@ -188,10 +204,12 @@ class NewestQuery(Sight):
     signed: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, state: Any, query: Tensor, hidden: Tensor, scaling: float, turned: Tensor | None = None) -> NewestQuery:
-        logits = scaled_logits(query, state.all_keys() if turned is None else turned, hidden, scaling)
-        logits = beside_shared(logits, state, query, scaling)
-        return cls(state, scaling, {}, query, logits, masked_softmax(logits, None), turned=turned)
+    def of(
+        cls, state: Any, query: Tensor, hidden: Tensor, formula: Formula, turned: Tensor | None = None
+    ) -> NewestQuery:
+        logits = scaled_logits(query, state.all_keys() if turned is None else turned, hidden, formula)
+        logits = beside_shared(logits, state, query, formula)
+        return cls(state, formula, {}, query, logits, masked_softmax(logits, None, formula), turned=turned)
 
     def by_slot(self) -> list[tuple[Tensor, float]]:
         known = ((self.all_logits, float("-inf")), (self.probabilities, 0.0), (self.read, False))
@@ -225,17 +243,18 @@ class NewestQuery(Sight):
             return self.logits(pool, leaf)
         high, low = self.box(pool)
         if torch.compiler.is_compiling():  # one fused loop over the bounds
-            query, high, low = (self.query * self.scaling).float()[:, :, :, None], high[:, :, None], low[:, :, None]
-            return reduce_heads(torch.maximum(query * high, query * low).sum(-1), leaf.heads)
+            query = (self.query * self.formula.scaling).float()[:, :, :, None]
+            bound = torch.maximum(query * high[:, :, None], query * low[:, :, None]).sum(-1)
+            return reduce_heads(self.formula.capped(bound), leaf.heads)
         # The same as two products, so that nothing of shape [B, K, G, U, D] is ever in memory.
         above, below = self._signed_query()
         bound = torch.matmul(above, high.transpose(2, 3)) + torch.matmul(below, low.transpose(2, 3))
-        return reduce_heads(bound.float(), leaf.heads)
+        return reduce_heads(self.formula.capped(bound.float()), leaf.heads)
 
     def _signed_query(self) -> tuple[Tensor, Tensor]:
         """The scaled query's positive part and its negative part, made once for all pools of a pass."""
         if self.signed is None:
-            query = self.query * self.scaling
+            query = self.query * self.formula.scaling
             self.signed = query.clamp(min=0), query.clamp(max=0)
         return self.signed
 
@@ -269,7 +288,9 @@ class EveryQuery(Sight):
         if self.probabilities is not None and sums_probabilities(leaf):
             return reduce_heads(self.probabilities[..., self.state.span(pool)], leaf.heads)
         position = self._seen(pool, leaf)
-        return self._sum(self.query, self.keys, position, "attention", leaf.heads)[:, :, 0, self.state.span(pool)]
+        formula = self.formula if leaf.over == "cache" else self.formula.over_tokens
+        given = (self.query, self.keys, self.query_position, position, formula)
+        return self.scores(*given, "attention", leaf.heads)[:, :, 0, self.state.span(pool)]
 
     def logits(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         span = self.state.span(pool)
@@ -278,7 +299,7 @@ class EveryQuery(Sight):
 
     def summed(self, pool: PoolPlan, leaf: Leaf, reduce: Reduce) -> Tensor:
         position = self._seen(pool, leaf)
-        total = column_sums(self.query, self.keys, self.query_position, position, self.scaling, reduce)
+        total = column_sums(self.query, self.keys, self.query_position, position, self.formula, reduce)
         return reduce_heads(total[..., self.state.span(pool)], leaf.heads)
 
     def bounds(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
@@ -298,7 +319,7 @@ class EveryQuery(Sight):
         return self.position if domain is None else torch.where(domain, self.position, -1)
 
     def _sum(self, query: Tensor, keys: Tensor, position: Tensor, signal: str, heads: str) -> Tensor:
-        return self.scores(query, keys, self.query_position, position, self.scaling, signal, heads)
+        return self.scores(query, keys, self.query_position, position, self.formula, signal, heads)
 
 
 @dataclass
@@ -318,7 +339,10 @@ class LastQueries(Sight):
 
     def attention(self, pool: PoolPlan, leaf: Leaf) -> Tensor:
         def reduce(logits: Tensor, some: slice) -> Tensor:
-            return masked_softmax(logits.amax(1, keepdim=True) if leaf.heads == "logits-max" else logits, None)
+            if leaf.heads == "logits-max":
+                return masked_softmax(logits.amax(1, keepdim=True), None)
+            logits = logits.unflatten(0, (*self.query_position.shape[:1], -1))
+            return masked_softmax(logits, None, self.formula if leaf.over == "cache" else None).flatten(0, 1)
 
         return self.summed(pool, leaf, reduce)
 
@@ -355,14 +379,15 @@ class LastQueries(Sight):
         if not self.state.plan.shared:
             return logits
         grouped = rearrange(self.query, "b (k g) w d -> b k (g w) d", k=keys.shape[1])
-        logits = beside_shared(logits.flatten(2, 3), self.state, grouped, self.scaling).unflatten(2, (-1, window))
+        logits = beside_shared(logits.flatten(2, 3), self.state, grouped, self.formula).unflatten(2, (-1, window))
         place = position[:, :, None, None]
         return logits.masked_fill((place < 0) | (place > self.query_position[:, None, None, :, None]), float("-inf"))
 
     def _dot(self, query: Tensor, keys: Tensor, position: Tensor) -> Tensor:
         """Scaled q.k in float32 [B, K, G, w, S]; -inf where a slot is empty, or its token later than the query."""
-        grouped = rearrange(query * self.scaling, "b (k g) w d -> b k (g w) d", k=keys.shape[1])
-        logits = torch.matmul(grouped, keys.transpose(2, 3)).float().unflatten(2, (-1, query.shape[2]))
+        grouped = rearrange(query * self.formula.scaling, "b (k g) w d -> b k (g w) d", k=keys.shape[1])
+        logits = self.formula.capped(torch.matmul(grouped, keys.transpose(2, 3)).float())
+        logits = logits.unflatten(2, (-1, query.shape[2]))
         place = position[:, :, None, None]
         return logits.masked_fill((place < 0) | (place > self.query_position[:, None, None, :, None]), float("-inf"))
 

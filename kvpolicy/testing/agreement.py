@@ -88,6 +88,8 @@ class Agreement:
         kind: str | None = None,
         more: bool = False,
         scaling: float | None = None,
+        softcap: float | None = None,
+        sinks: Any | None = None,
         special: Any | None = None,
         modality: Sequence[Sequence[str | None]] | None = None,
         output: Any | None = None,
@@ -100,6 +102,7 @@ class Agreement:
             query, key, value: [B, Q, N, D], [B, K, N, D], [B, K, N, D].
             positions: [B, K, S] positions in the layer's slots after the pass, -1 for empty; None compares nothing (a
                 runtime need not have settled before its prompt turn ends).
+            scaling, softcap, sinks: as ``Oracle.step`` takes them.
             valid: [B, N] bool, False for padding; ``special`` and ``modality`` likewise go by column.
             kind: "prompt" or "generated"; by default one column on a text that has begun is generated.
             output: [B, N, Q, D] of the runtime's attention, compared where valid.
@@ -123,6 +126,8 @@ class Agreement:
             special=None if special is None else [array(special)[b][c] for b, c in enumerate(rows)],
             modality=None if modality is None else [[modality[b][int(n)] for n in c] for b, c in enumerate(rows)],
             scaling=scaling,
+            softcap=softcap,
+            sinks=None if sinks is None else array(sinks),
         )
         self.longest_key = max(self.longest_key, _longest(key))
         most = _longest(query) * self.longest_key * (scaling or query.shape[-1] ** -0.5)

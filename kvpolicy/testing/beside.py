@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import Rotation, turn
+from kvpolicy.attention import Formula, Rotation, turn
 from kvpolicy.oracle import Memories, Rotate, Step
 from kvpolicy.plan import Plan
 from kvpolicy.runtime import PolicyCache
@@ -19,12 +19,12 @@ from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.scorers.memory import CLOCKED
 from kvpolicy.testing.agreement import Agreement
 
-Run = Callable[[PolicyLayer, Tensor, Tensor, Tensor, float], Tensor]
+Run = Callable[[PolicyLayer, Tensor, Tensor, Tensor, Formula], Tensor]
 
 
-def run_layer(layer: PolicyLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def run_layer(layer: PolicyLayer, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
     """A layer's pass, uncompiled."""
-    return layer.forward(query, key, value, scaling)
+    return layer.forward(query, key, value, formula)
 
 
 class Beside:
@@ -73,17 +73,17 @@ class Beside:
         Raises:
             Disagreement: the first layer, row and head where the runtime kept, attended or remembered otherwise.
         """
-        scaling = scaling or self.plan.geometry.head_dim**-0.5
+        formula = Formula(scaling or self.plan.geometry.head_dim**-0.5)
         flags = {"valid": valid, "special": special, "modality": modality}
         rotated = [self._rotated(*given, valid) for given in tensors]
         opened = self.cache.begin(tensors[0][0].shape[2], **flags, kind=kind, more=more or None)
         run = run_layer if opened == "prompt" else self.generated
-        outputs = [run(layer, *given, scaling) for layer, given in zip(self.cache.layers, rotated, strict=True)]
+        outputs = [run(layer, *given, formula) for layer, given in zip(self.cache.governed, rotated, strict=True)]
         self.cache.finish()
         steps = []
         for number, given in enumerate(tensors):
             heard = Heard(*given, outputs[number], **{name: flag for name, flag in flags.items() if flag is not None})
-            steps += check_pass(self.agreement, self.cache, number, heard, opened, more=more, scaling=scaling)
+            steps += check_pass(self.agreement, self.cache, number, heard, opened, more=more, formula=formula)
         return steps
 
     def _rotated(
@@ -142,7 +142,7 @@ def check_pass(
     opened: str,
     *,
     more: bool = False,
-    scaling: float | None = None,
+    formula: Formula,
 ) -> list[Step]:
     """Compare what a layer did in the pass that was just closed; what the cache took in chunks goes so to the oracle.
 
@@ -156,7 +156,7 @@ def check_pass(
         settled = last and (bool(chunks) or not more)
         positions = cache.positions(number) if settled else None
         if chunks and not settled:
-            positions = cache.layers[number].positions(count - 1)
+            positions = cache.governed[number].positions(count - 1)
         modality = now.modality
         steps = agreement.check(
             number,
@@ -167,7 +167,9 @@ def check_pass(
             valid=now.valid,
             kind="prompt" if opened == "prompt" else "generated",
             more=more or not last,
-            scaling=scaling,
+            scaling=formula.scaling,
+            softcap=formula.softcap,
+            sinks=formula.sinks,
             special=now.special,
             modality=None if modality is None else [["image" if at == 1 else None for at in row] for row in modality],
             output=now.output,
@@ -180,7 +182,7 @@ def check_pass(
 def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
     """What a layer's units remember, by row: (KV head, pool, leaf) -> {position of the unit: value}."""
     rows: list[dict[tuple[int, str, int], dict[int, Any]]] = [{} for _ in range(cache.plan.batch)]
-    for part in cache.layers[layer_idx].parts:
+    for part in cache.governed[layer_idx].parts:
         state = part.state
         numbers = state.kv_heads[0].tolist()
         for pool in part.plan.pools:
@@ -203,7 +205,7 @@ def memories(cache: PolicyCache, layer_idx: int) -> list[Memories]:
 
 def readings(cache: PolicyCache, layer_idx: int) -> list[list[dict[str, frozenset[int]]]] | None:
     """What a layer read in its last generated pass, by row and KV head: pool -> positions; None where it read all."""
-    parts = cache.layers[layer_idx].parts
+    parts = cache.governed[layer_idx].parts
     if not any(part.chosen for part in parts):
         return None
     heads = range(cache.plan.geometry.kv_heads)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Formula
 from kvpolicy.plan import LayerPlan
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.testing.beside import Run, run_layer
@@ -32,7 +33,7 @@ class CompiledRun:
         """Graphs compiled so far."""
         return len(self._runs)
 
-    def __call__(self, layer: PolicyLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def __call__(self, layer: PolicyLayer, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
         at = self._shape_of.get(layer.plan.index)  # comparing plans is slow: once a layer
         if at is None:
             at = self._shapes.setdefault(replace(layer.plan, index=0), len(self._shapes))
@@ -40,7 +41,7 @@ class CompiledRun:
         kind = (at, layer.moment.kind)
         if kind not in self._runs:
             self._runs[kind] = compiled_once(f"run_layer_{at}_{layer.moment.kind}")
-        return self._runs[kind](layer, query, key, value, scaling)
+        return self._runs[kind](layer, query, key, value, formula)
 
 
 def compiled_once(name: str) -> Run:

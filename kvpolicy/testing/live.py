@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import Rotation, turn
+from kvpolicy.attention import Formula, Rotation, turn
 from kvpolicy.patching import cache_for
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.testing.agreement import Agreement
@@ -20,11 +20,11 @@ class Witness:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.scaling = 0.0
+        self.formula = Formula(0.0)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        output = type(self.layer).forward(self.layer, query, key, value, scaling)
-        self.seen, self.scaling = (query, key, value, output), scaling
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
+        output = type(self.layer).forward(self.layer, query, key, value, formula)
+        self.seen, self.formula = (query, key, value, output), formula
         return output
 
 
@@ -41,7 +41,7 @@ class LiveAgreement:
         self.cache = cache or cache_for(model, **lengths)
         plan, self.rotation = self.cache.plan, self.cache.rotation or Rotation.none()
         self.agreement = Agreement(plan, rows=plan.batch, rotate=rotate_of(plan, self.rotation))
-        self.witnesses = [Witness(layer) for layer in self.cache.layers]
+        self.witnesses = [Witness(layer) for layer in self.cache.governed]
         for witness in self.witnesses:
             witness.layer.forward = witness
         for part in self.cache.parts():
@@ -72,8 +72,7 @@ class LiveAgreement:
             query, key = self._unrotated(query, places), self._unrotated(key, places)
             heard = Heard(query, key, value, output, valid, traits.get("special"), traits.get("image"))
             opened = "generated" if columns == 1 and not first else "prompt"
-            scaling = self.witnesses[number].scaling
-            check_pass(self.agreement, self.cache, number, heard, opened, scaling=scaling)
+            check_pass(self.agreement, self.cache, number, heard, opened, formula=self.witnesses[number].formula)
         return logits
 
     def _unrotated(self, vectors: Tensor, places: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Formula
 from kvpolicy.attention.kernels import launch
 from kvpolicy.attention.kernels.constants import Splits
 from kvpolicy.attention.kernels.ops import attend_slots
@@ -35,7 +36,7 @@ def compare(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, toler
     scaling = query.shape[-1] ** -0.5
     out, logits = attend_slots(query, keys, values, position, scaling, True)
     clean = (tensor.float().nan_to_num(0.0) for tensor in (query, keys, values))
-    wanted, wanted_logits, _ = expected_attention(*clean, position < 0, scaling)
+    wanted, wanted_logits, _ = expected_attention(*clean, position < 0, Formula(scaling))
     resident = (position >= 0).any(-1)[..., None, None]
     tolerance = tolerance or TOLERANCE[query.dtype]
     torch.testing.assert_close(out.float(), torch.where(resident, wanted, 0.0), atol=tolerance, rtol=tolerance)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from kvpolicy.attention import Formula
 from kvpolicy.attention.kernels.ops import decode_step
 from kvpolicy.plan import ModelGeometry, make_plan
 from kvpolicy.runtime import PolicyCache
@@ -31,7 +32,7 @@ def open_cache(name: str, device: torch.device) -> tuple[PolicyCache, Any]:
         return [torch.randn(2, heads, columns, 16, generator=generator).to(device) for heads in (2, 1, 1)]
 
     cache.begin(20)
-    cache.layers[0].forward(*draw(20), 0.25)
+    cache.layers[0].forward(*draw(20), Formula(0.25))
     cache.finish()
     return cache, draw
 
@@ -49,8 +50,8 @@ def test_a_compiled_step_is_one_graph_that_copies_no_cache(name: str, device: to
         for given in fed:
             for cache in (eager, compiled):
                 cache.begin(1)
-            wanted = eager.layers[0].forward(*given, 0.25)
-            got, code = run_and_get_code(step, compiled.layers[0], *given, 0.25)
+            wanted = eager.layers[0].forward(*given, Formula(0.25))
+            got, code = run_and_get_code(step, compiled.layers[0], *given, Formula(0.25))
             codes += code
             eager.finish(), compiled.finish()
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)

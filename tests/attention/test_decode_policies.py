@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import Rotation
+from kvpolicy.attention import Formula, Rotation
 from kvpolicy.errors import UsageError
 from kvpolicy.language import Policy, loads_policy
 from kvpolicy.plan import ModelGeometry, Plan, make_plan
@@ -80,7 +80,7 @@ def run(plan: Plan, device: torch.device, numbers: Callable[[Plan, torch.device]
     prompt = (draw(high), torch.arange(high) >= high - lengths[:, None])
     for given, valid in (prompt, *((draw(1), None) for _ in range(steps))):
         kind = torch_cache.begin(given[0].shape[2], None if valid is None else valid.to(device))
-        wanted = torch_cache.layers[0].forward(*given, scaling)
+        wanted = torch_cache.layers[0].forward(*given, Formula(scaling))
         torch_cache.finish()
         out.clear()
         beside.feed([given], valid)

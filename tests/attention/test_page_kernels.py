@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvpolicy.attention import paged
+from kvpolicy.attention import Formula, paged
 from kvpolicy.attention.kernels import library
 from kvpolicy.attention.parts import attend_part, merge_parts
 
@@ -61,10 +61,16 @@ def close(found, wanted, dtype):
     torch.testing.assert_close(found.float(), wanted.float(), rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
+def by_torch(*given):
+    """What defines them."""
+    *tensors, scaling = given
+    return paged.attend_pages(*tensors, Formula(scaling))
+
+
 def test_selected_pages(case, device):
     query, keys, values, *rest = case.tensors(device)
     out, log_sum = library.attend_pages(query, keys, values, *rest)
-    wanted, wanted_sum = paged.attend_pages(query.float(), keys.float(), values.float(), *rest)
+    wanted, wanted_sum = by_torch(query.float(), keys.float(), values.float(), *rest)
     assert out.dtype == query.dtype and log_sum.dtype == torch.float32
     assert out.shape == wanted.shape and log_sum.shape == wanted_sum.shape
     close(out, wanted, case.dtype)
@@ -75,9 +81,9 @@ def test_every_page_is_all_slots(device):
     """The torch function against plain attention, which knows nothing of pages."""
     case = Case(2, 2, 3, 5, 13, 13, 16, empty=1)
     query, keys, values, position, index, page, scaling = case.tensors(device)
-    for attend in (library.attend_pages, paged.attend_pages):
+    for attend in (library.attend_pages, by_torch):
         out, log_sum = attend(query, keys, values, position, index, page, scaling)
-        wanted, wanted_sum = attend_part(query, keys, values, position < 0, scaling)
+        wanted, wanted_sum = attend_part(query, keys, values, position < 0, Formula(scaling))
         close(out, wanted, torch.float32)
         close(log_sum, wanted_sum, torch.float32)
 
@@ -117,7 +123,7 @@ def test_parts_put_together(case, device):
         for some in (index[..., :half], index[..., half:])
     ]
     out, log_sum = merge_parts(*zip(*halves, strict=True))
-    wanted, wanted_sum = paged.attend_pages(query.float(), keys.float(), values.float(), position, index, page, scaling)
+    wanted, wanted_sum = by_torch(query.float(), keys.float(), values.float(), position, index, page, scaling)
     assert out.dtype == query.dtype
     close(out, wanted, case.dtype)
     torch.testing.assert_close(log_sum, wanted_sum, rtol=1e-5, atol=1e-5)
@@ -138,6 +144,6 @@ def test_pages_of_a_long_text(rows, device):
     case = Case(rows, 8, 4, 16, 2048, 128, 128, dtype=torch.bfloat16)
     query, keys, values, *rest = case.tensors(device)
     out, log_sum = library.attend_pages(query, keys, values, *rest)
-    wanted, wanted_sum = paged.attend_pages(query.float(), keys.float(), values.float(), *rest)
+    wanted, wanted_sum = by_torch(query.float(), keys.float(), values.float(), *rest)
     close(out, wanted, case.dtype)
     torch.testing.assert_close(log_sum, wanted_sum, rtol=1e-4, atol=1e-4)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvpolicy.attention import columns
+from kvpolicy.attention import Formula, columns
 from kvpolicy.attention.kernels import library
 
 
@@ -66,8 +66,8 @@ def case(request):
 
 def check(found, tensors, compute, *how, tolerance=2e-5):
     """Against the torch backend in float32, as kernels multiply exactly and add up in float32 whatever is stored."""
-    query, keys, *rest = tensors
-    wanted = compute(query.float(), keys.float(), *rest, *how)
+    query, keys, *rest, scaling = tensors
+    wanted = compute(query.float(), keys.float(), *rest, Formula(scaling), *how)
     assert found.shape == wanted.shape
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)

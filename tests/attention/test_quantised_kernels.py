@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from kvpolicy.attention import quantised
+from kvpolicy.attention import Formula, quantised
 from kvpolicy.attention.kernels import library
 from kvpolicy.attention.parts import attend_part
 from kvpolicy.errors import UsageError
@@ -81,7 +81,7 @@ def test_attention_over_what_is_stored(case, device):
     scaling = case.channels**-0.5
     out, log_sum = operate(query, keys, values, position, scaling)
     opened = (quantised.dequantise(each, case.dtype).float() for each in (keys, values))
-    wanted, wanted_sum = attend_part(query.float(), *opened, position < 0, scaling)
+    wanted, wanted_sum = attend_part(query.float(), *opened, position < 0, Formula(scaling))
     assert out.dtype == query.dtype and out.shape == wanted.shape
     largest = wanted.abs().max().item()  # an outlier channel's: what other shares of it cancel is rounded as it is
     torch.testing.assert_close(out.float(), wanted, rtol=CLOSE[case.dtype], atol=CLOSE[case.dtype] * max(1, largest))

@@ -288,6 +288,21 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path, capsys):
     assert code == 4 and "gpt2" in err and "llama" in err and "Traceback" not in err
 
 
+def test_a_family_that_nobody_knows_runs_with_generic_and_says_so(tmp_path, capsys):
+    from kvpolicy.testing.models import random_model
+
+    random_model("bitnet", vocab_size=256).save_pretrained(tmp_path)
+    load_model("builtin:tiny", device="cpu")[1].save_pretrained(tmp_path)
+    given = ("h2o", str(tmp_path), "-p", "hum owl", "-n", "12", "--set", "heavy=4", "--set", "recent=4")
+    code, _, err = apply(capsys, *given)
+    assert code == 4 and "'bitnet'" in err and "--generic" in err
+    code, out, err = apply(capsys, *given, "--generic")
+    assert code == 0 and "UNTESTED: kvpolicy does not know models of type bitnet" in err and "Warning" not in err
+    assert "does not know models of type bitnet" in out
+    code, out, _ = apply(capsys, *given, "--generic", "--json")
+    assert json.loads(out)["untested_type"] == "bitnet"
+
+
 # SmolLM2 ---------------------------------------------------------------------------------------------------------
 
 

@@ -252,7 +252,7 @@ def test_validate_of_nothing_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not-here.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "folder"), [("policies", "policies"), ("architectures", "patches")])
+@pytest.mark.parametrize(("kind", "folder"), [("policies", "policies"), ("models", "patches")])
 def test_list_finds_every_file(kind: str, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     suffix = {"policies": ".yaml", "patches": ".py"}[folder]
     files = {path.stem for path in (ROOT / folder).rglob(f"[!_]*{suffix}")}
@@ -271,11 +271,31 @@ def test_list_knows_the_signals_that_run(capsys: pytest.CaptureFixture[str]) -> 
     assert all(entry["summary"] for entry in entries if entry["from"] == "kvpolicy")
 
 
+def test_list_models_is_the_matrix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers as the configs say them, and versions as the record of `make matrix` has them."""
+    from kvpolicy import versions
+
+    runs = [("5.1.0", ("llama", "glm")), ("5.9.2", ("llama", "glm", "glm4")), ("5.10.0", ("llama",))]
+    record = tuple(versions.Run(each, "2.13.0", "3.11", "", True, (), families) for each, families in runs)
+    monkeypatch.setattr(versions, "runs", lambda: record)
+    assert main(["list", "models"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split("  ")[0] == "family"
+    rows = {line.split()[0]: [cell for cell in line.strip().split("  ") if cell] for line in lines if line.strip()}
+    assert [cell.strip() for cell in rows["llama"][1:]] == ["llama", "full", "all", "transformers 5.1.0 to 5.10.0"]
+    assert rows["glm"][1].strip() == "glm, glm4" and rows["glm"][-1].strip() == "transformers 5.9.2"
+    assert rows["apertus"][-1].strip() == "not yet"
+    assert main(["list", "models", "--json"]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["models"]}
+    assert entries["glm"]["tested"]["glm"] == {"transformers": ["5.1.0", "5.9.2"], "torch": ["2.13.0"]}
+    assert entries["mixtral"]["layers"]["mixtral"]["window"]
+
+
 def test_list_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert [line.split()[0] for line in lines if line and line.split()[1:] == ["summary"]] == [
-        "policies", "signals", "models", "architectures",
+        "policies", "signals", "models", "builtins",
     ]  # fmt: skip
     assert any(line.startswith("raas ") for line in lines)
     assert any(line.startswith("builtin:tiny ") for line in lines)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpolicy.attention import Rotation
+from kvpolicy.attention import Formula, Rotation
 from kvpolicy.cli.explain import groups
 from kvpolicy.cli.main import main
 from kvpolicy.cli.picture import WIDTH, fill, slots
@@ -89,7 +89,7 @@ def test_the_residents_are_those_of_the_runtime_at_every_step(name, prompt):
         new = 1 if t else prompt
         key = torch.randn(1, 1, new, 8)
         cache.begin(new, kind="generated" if t else "prompt")
-        cache.layers[0].forward(torch.randn(1, 2, new, 8), key, key, 8**-0.5)
+        cache.layers[0].forward(torch.randn(1, 2, new, 8), key, key, Formula(8**-0.5))
         cache.finish()
         held = [int((cache.layers[0].state.pool_positions(pool) >= 0).sum()) for pool in plan.layers[0].pools]
         assert held == [line.resident[t] for line in lines], t

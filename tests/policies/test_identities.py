@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvpolicy.attention import Formula
 from kvpolicy.language import Policy, Quantity, load_policy, loads_policy
 from kvpolicy.oracle import Oracle
 from kvpolicy.plan import ModelGeometry, make_plan, unsupported
@@ -170,7 +171,7 @@ def test_slide_is_the_top_of_every_step_over_two_thousand_steps() -> None:
     held: list[int] = []
     for span in (slice(0, 8), *(slice(at, at + 1) for at in range(8, 8 + steps))):
         cache.begin(span.stop - span.start, kind="prompt" if span.start == 0 else "generated")
-        cache.layers[0].forward(queries[:, :, span], keys[:, :, span], values[:, :, span], 0.5)
+        cache.layers[0].forward(queries[:, :, span], keys[:, :, span], values[:, :, span], Formula(0.5))
         cache.finish()
         held += [at for at in range(span.start, span.stop) if at >= 8]
         if len(held) > beta1 + beta2:

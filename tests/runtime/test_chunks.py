@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.attention import Formula
 from kvpolicy.language import loads_policy
 from kvpolicy.plan import ModelGeometry, Plan, make_plan
 from kvpolicy.plan.timeline import timeline
@@ -93,7 +94,7 @@ def run(plan: Plan, passes: list[tuple[Given, Tensor]], rows: slice = slice(None
             int(columns.sum()), valid[:, columns], kind="prompt", more=number < len(passes) - 2
         ) if prompt else cache.begin(1)
         outputs = [
-            layer.forward(*(tensor[rows][:, :, columns] for tensor in layers), 0.35)
+            layer.forward(*(tensor[rows][:, :, columns] for tensor in layers), Formula(0.35))
             for layer, layers in zip(cache.layers, given, strict=True)
         ]
         cache.finish()

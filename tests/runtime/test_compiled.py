@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from kvpolicy.attention import Formula
 from kvpolicy.language import load_policy
 from kvpolicy.plan import ModelGeometry, make_plan
 from kvpolicy.runtime import PolicyCache
@@ -55,14 +56,14 @@ def test_the_generated_code_writes_slots_in_place(name: str) -> None:
     cache.begin(24)
     with torch.no_grad():
         for layer, given in zip(cache.layers, numbers(1, 24, generator), strict=True):
-            run_layer(layer, *given, 0.35)
+            run_layer(layer, *given, Formula(0.35))
         cache.finish()
         while cache.begin(1) != "update":
             for layer, given in zip(cache.layers, numbers(1, 1, generator), strict=True):
-                run_layer(layer, *given, 0.35)
+                run_layer(layer, *given, Formula(0.35))
             cache.finish()
         compiled = torch.compile(run_layer, fullgraph=True, dynamic=False)
-        _, sources = run_and_get_code(compiled, cache.layers[0], *numbers(1, 1, generator)[0], 0.35)
+        _, sources = run_and_get_code(compiled, cache.layers[0], *numbers(1, 1, generator)[0], Formula(0.35))
     slots = plan.layers[0].slots
     allocated = re.findall(r"empty_strided\w*\(\(([^)]*)\)", "\n".join(sources))
     shapes = [tuple(int(size) for size in text.split(",") if size.strip()) for text in allocated]

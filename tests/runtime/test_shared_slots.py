@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kvpolicy
-from kvpolicy.attention import attend_part, attend_shared
+from kvpolicy.attention import Formula, attend_part, attend_shared
 from kvpolicy.language import load_policy, loads_policy
 from kvpolicy.oracle.pools import Pool, share_out
 from kvpolicy.oracle.text import Page
@@ -186,10 +186,10 @@ def test_attention_over_shared_slots_is_each_heads_own() -> None:
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(*shape, 8, generator=generator) for shape in ((2, 3, 2), (2, 10), (2, 10)))
     owner = torch.tensor([[0, 0, 0, 0, 2, 2, -1, -1, -1, -1], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2]])
-    out, log_sum = attend_shared(query, keys, values, owner, 0.3)
+    out, log_sum = attend_shared(query, keys, values, owner, Formula(0.3))
     hidden = owner[:, None] != torch.arange(3)[:, None]
     each_keys, each_values = (tensor[:, None].expand(-1, 3, -1, -1) for tensor in (keys, values))
-    expected = attend_part(query, each_keys, each_values, hidden, 0.3)
+    expected = attend_part(query, each_keys, each_values, hidden, Formula(0.3))
     torch.testing.assert_close((out, log_sum), expected)
     assert log_sum[0, 1].isinf().all() and not out[0, 1].any()
 

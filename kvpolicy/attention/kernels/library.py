@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpolicy.attention import columns, paged
 from kvpolicy.attention import quantised as stored
+from kvpolicy.attention.formula import Formula
 from kvpolicy.attention.kernels import available
 
 
@@ -26,7 +27,7 @@ def prompt_scores(
 ) -> Tensor:
     """``attention.columns.prompt_scores``."""
     if available(query.device) is not None:
-        return columns.prompt_scores(query, keys, query_position, key_position, scaling, signal, heads)
+        return columns.prompt_scores(query, keys, query_position, key_position, Formula(scaling), signal, heads)
     from kvpolicy.attention.kernels import prompt
 
     return prompt.launch(query, keys, query_position, key_position, scaling, signal, heads)
@@ -53,7 +54,7 @@ def attend_pages(
 ) -> tuple[Tensor, Tensor]:
     """``attention.paged.attend_pages``."""
     if available(query.device) is not None:
-        return paged.attend_pages(query, keys, values, position, index, page, scaling)
+        return paged.attend_pages(query, keys, values, position, index, page, Formula(scaling))
     from kvpolicy.attention.kernels import pages
 
     return pages.launch(query, keys, values, position, index, page, scaling)
@@ -82,7 +83,7 @@ def attend_quantised(
     opened_keys = stored.Quantised(keys[0], keys[1], keys[2], bits, group, keys_by)
     opened_values = stored.Quantised(values[0], values[1], values[2], bits, group, values_by)
     if available(query.device) is not None:
-        return stored.attend_quantised(query, opened_keys, opened_values, position, scaling)
+        return stored.attend_quantised(query, opened_keys, opened_values, position, Formula(scaling))
     from kvpolicy.attention.kernels import quantised
 
     return quantised.launch(query, opened_keys, opened_values, position, scaling)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.formula import Formula
 from kvpolicy.attention.kernels import available
 from kvpolicy.attention.kernels.form import FORMS
 from kvpolicy.attention.torch_backend import attend_slots as torch_attend_slots
@@ -71,7 +72,7 @@ def attend_slots(
         from kvpolicy.attention.kernels import launch
 
         return launch.attend_slots(query, keys, values, position, scaling, wants_logits)
-    out, logits, _ = torch_attend_slots(query, keys, values, position < 0, scaling)
+    out, logits, _ = torch_attend_slots(query, keys, values, position < 0, Formula(scaling))
     return out, logits if wants_logits else logits[..., :0].contiguous()
 
 

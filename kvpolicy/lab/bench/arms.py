@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from kvpolicy.attention import Formula
 from kvpolicy.errors import UsageError
 from kvpolicy.lab.bench.cases import Case
 from kvpolicy.lab.bench.counting import graphs_compiled
@@ -151,7 +152,7 @@ class PolicyArm(Arm):
         for number in range(count):
             self.cache.begin(1)
             for index, layer in enumerate(self.cache.layers):
-                layer.forward(*sets[(number + index) % len(sets)], shape.head_dim**-0.5)
+                layer.forward(*sets[(number + index) % len(sets)], Formula(shape.head_dim**-0.5))
             self.cache.finish()
 
     def step(self) -> str:

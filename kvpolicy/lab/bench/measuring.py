@@ -17,6 +17,7 @@ from kvpolicy.lab.bench.memory import available, gigabytes, total
 from kvpolicy.lab.bench.racing import Entry, Tell, Track
 from kvpolicy.lab.bench.rows import Report, Row
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.models.processes import processes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Bench(Track):
         refused = {name: why for name in options.against if (why := refusal(name, self.device))}
         self.options = replace(options, against=[name for name in options.against if name not in refused])
         self.notes = [f"{name} is left out: {why}" for name, why in refused.items()]
+        if processes().count > 1:
+            self.notes.append(_in_processes(processes().count, self.device.type))
         for subject in subjects:
             _check_evicts(subject.policy)
         self.dense = load_policy("dense")
@@ -77,9 +80,14 @@ class Bench(Track):
                  for batch in self.options.batches]  # fmt: skip
         for batch, context, groups in cells:
             self._check_room(batch, context, groups)
+
+        def measured(cell: tuple[int, int, list[list[Entry]]]) -> list[Row]:
+            batch, context, groups = cell
+            return list(self._cell(f"batch {batch}, {context:,} tokens", groups))
+
         with kernels_visible() if self.options.launches else nullcontext():
-            for batch, context, groups in cells:
-                report.rows += self._cell(f"batch {batch}, {context:,} tokens", groups)
+            for rows in processes().spread(cells, measured):
+                report.rows += rows
         return report
 
     # What runs beside what ------------------------------------------------------------------------------------------
@@ -141,6 +149,12 @@ class Bench(Track):
             del dense
         self.forget()
         yield from rows
+
+
+def _in_processes(count: int, device: str) -> str:
+    if device == "cuda":
+        return f"{count} processes measured, each with a GPU of its own; a row and what it is held against are of one"
+    return f"{count} processes measured at once on one {device}: every time here is of a step beside others"
 
 
 def _bytes(case: Case) -> int:

@@ -12,6 +12,7 @@ from kvpolicy.lab.bench.cases import WARM, full_cache, policy_case
 from kvpolicy.lab.bench.measuring import Bench, Subject
 from kvpolicy.lab.bench.rows import Growth
 from kvpolicy.lab.bench.timing import take_turns
+from kvpolicy.models.processes import processes
 from kvpolicy.plan import make_plan
 
 
@@ -27,16 +28,21 @@ def growths(bench: Bench, seen: tuple[int, int]) -> list[Growth]:
     early, late = seen
     if not 0 < early < late:
         raise UsageError(f"--seen {early},{late}: give two lengths, the smaller first, as in --seen 2k,50k")
-    rows = []
+    cells: list[tuple[int, int | None, Subject | str]] = []
     for batch in bench.options.batches:
-        for budget in bench.options.budgets:
-            for subject in bench.subjects:
-                bench.tell(f"{subject.label}: on the way to {early:,} and {late:,} tokens")
-                rows.append(_growth(bench, subject.label, budget, seen, _pair(bench, subject, budget, batch, seen)))
-        for name in (name for name in bench.options.against if name in ("dense", "hf-dynamic", "hf-static")):
-            bench.tell(f"{name}: filled up to {early:,} and {late:,} tokens")
-            rows.append(_growth(bench, name, None, seen, _full(bench, name, batch, seen)))
-    return rows
+        cells += [(batch, budget, subject) for budget in bench.options.budgets for subject in bench.subjects]
+        names = (name for name in bench.options.against if name in ("dense", "hf-dynamic", "hf-static"))
+        cells += [(batch, None, name) for name in names]
+
+    def growth(cell: tuple[int, int | None, Subject | str]) -> Growth:
+        batch, budget, whose = cell
+        if isinstance(whose, str):
+            bench.tell(f"{whose}: filled up to {early:,} and {late:,} tokens")
+            return _growth(bench, whose, None, seen, _full(bench, whose, batch, seen))
+        bench.tell(f"{whose.label}: on the way to {early:,} and {late:,} tokens")
+        return _growth(bench, whose.label, budget, seen, _pair(bench, whose, budget, batch, seen))
+
+    return processes().spread(cells, growth)
 
 
 def _pair(bench: Bench, subject: Subject, budget: int | None, batch: int, seen: tuple[int, int]) -> list[Arm]:
