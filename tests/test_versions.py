@@ -6,7 +6,7 @@ import pytest
 
 from kvpolicy import versions
 from kvpolicy.cli import pages
-from kvpolicy.versions import Run, release, tested, untested, warn_untested
+from kvpolicy.versions import Run, release, untested, warn_untested
 from tests.matrix import run as matrix
 from tests.matrix.plugin import Told
 
@@ -69,9 +69,9 @@ def test_apply_warns(installed, monkeypatch):
 
 
 def test_families_are_tested_where_all_of_their_tests_passed(installed):
-    assert tested("transformers") == ["5.2.0", "5.10.0"]
-    assert tested("transformers", "llama") == ["5.2.0", "5.4.1", "5.10.0"]
-    assert tested("transformers", "qwen3") == ["5.10.0"]
+    assert versions.tested("transformers") == ["5.2.0", "5.10.0"]
+    assert versions.tested("transformers", "llama") == ["5.2.0", "5.4.1", "5.10.0"]
+    assert versions.tested("transformers", "qwen3") == ["5.10.0"]
     assert release("5.10.0rc1") > release("5.9.2")
 
 

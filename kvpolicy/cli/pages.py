@@ -82,7 +82,7 @@ def tested_versions() -> str:
     """What passed on which transformers and torch, as `make matrix` recorded it."""
     if not runs():
         return "Nothing is on record yet: `make matrix` makes it."
-    torches = sorted({run.torch for run in runs()}, key=release)
+    torches = sorted({run.torch for run in runs()}, key=lambda text: (release(text), text))
     rows = [
         f"| transformers | {' | '.join(f'torch {torch}' for torch in torches)} |",
         "| --- " * (1 + len(torches)) + "|",

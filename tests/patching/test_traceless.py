@@ -107,7 +107,7 @@ class Watched:
 
 @pytest.mark.parametrize(
     ("times", "compile"),
-    [(25, None), (25, "eager"), *(pytest.param(1000, how, marks=pytest.mark.slow) for how in (None, "eager"))],
+    [(11, None), (11, "eager"), *(pytest.param(1000, how, marks=pytest.mark.slow) for how in (None, "eager"))],
 )
 def test_many_times_leave_nothing(times, compile, build, policies, prompt):
     """The first time registers an attention function and fills what is cached by text; from then on nothing is new."""
@@ -127,7 +127,7 @@ def test_many_times_leave_nothing(times, compile, build, policies, prompt):
     assert same(before, portrait(model))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(MemoryError, marks=pytest.mark.slow)])
 def test_an_exception_at_every_change(error, build, policies):
     """Before each line of each method of the journal: between noting a change and making it as well."""
     model = build(num_hidden_layers=2)
