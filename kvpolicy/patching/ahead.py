@@ -185,7 +185,7 @@ def _job(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], compiler: 
 def _alone(plan: Plan, layer: LayerPlan | LocalPlan) -> Plan:
     """The plan of a cache whose first layer is this one; beside a local one there must be one that is governed."""
     local = (replace(layer, layer=replace(layer.layer, index=0)),) if isinstance(layer, LocalPlan) else ()
-    geometry = replace(plan.geometry, layers=1, local=tuple(each.layer for each in local))
+    geometry = replace(plan.geometry, layers=1, local=tuple(each.layer for each in local), states=())
     layers = plan.layers[:1] if isinstance(layer, LocalPlan) else (layer,)
     return replace(plan, geometry=geometry, layers=layers, local=local)
 

@@ -98,14 +98,17 @@ def _check_layers(model: Any, architecture: Architecture) -> None:
             f"{name} says it has {said} decoder layers, and {len(layers)} were found at '{where}'; is it built by "
             "other code than transformers' own?"
         )
-    for layer in layers:
+    states = ModelGeometry.from_config(config).states
+    for layer in (layer for index, layer in enumerate(layers) if index not in states):
         attention = getattr(layer, architecture.attention, None)
         if not (attention is not None and _passes_keywords(layer) and _passes_keywords(attention)):
             raise ModelError(
                 f"the decoder layers of {name} do not pass keywords on to '{architecture.attention}', as transformers' "
                 "own do; load the model without trust_remote_code"
             )
-    if not model._supports_attention_backend:
+    # Some families call it and leave the mark out; then transformers itself goes by their source.
+    tells = getattr(model, "_can_set_attn_implementation", lambda: False)
+    if not (model._supports_attention_backend or tells()):
         raise ModelError(f"{name} does not call its attention through transformers' attention interface")
 
 

@@ -49,28 +49,36 @@ def find_architecture(model: Any) -> Architecture:
         _refuse(model, families()["latent"].refused)
     if getattr(model.config, "is_encoder_decoder", False):
         _refuse(model, "it has an encoder, and its decoder attends to that too")
-    decoder = next((each for each in (model.get_decoder(), base) if isinstance(each, nn.Module)), base)
-    where = next((name for name, module in base.named_modules() if module is decoder), None)
+    names = {module: name for name, module in base.named_modules()}
+    said = (model.get_decoder(), base, getattr(base, "model", None))
+    decoder = next((each for each in said if each in names and _lists(each)), base)
     config = getattr(decoder, "config", None)
-    if where is None or not isinstance(config, PreTrainedConfig):
-        _refuse(model, "its text decoder was not found below its base model")
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if not isinstance(config, PreTrainedConfig):
+        _refuse(model, f"{type(decoder).__name__} was found for its text decoder, and it has no config")
+    lists, count = _lists(decoder), getattr(config, "num_hidden_layers", None)
     if len(lists) != 1:
         _refuse(model, f"{len(lists) or 'no'} lists of {count} decoder layers were found in {type(decoder).__name__}")
-    attention = {name for layer in getattr(decoder, lists[0]) for name in _attentions(layer)}
-    if len(attention) != 1 or not all(len(_attentions(layer)) == 1 for layer in getattr(decoder, lists[0])):
+    states = ModelGeometry.from_config(config).states
+    layers = [layer for index, layer in enumerate(getattr(decoder, lists[0])) if index not in states]
+    attention = {name for layer in layers for name in _attentions(layer)}
+    if len(attention) != 1 or not all(len(_attentions(layer)) == 1 for layer in layers):
         found = f"found: {', '.join(sorted(attention))}" if attention else "none was found"
         _refuse(model, f"not every decoder layer has one attention module, under one name ({found})")
     rotary = [name for name, part in decoder.named_children() if isinstance(getattr(part, "inv_freq", None), Tensor)]
     return Architecture(
         model_types=(model.config.model_type,),
         covers="found by its structure, untested",
-        decoder=where,
+        decoder=names[decoder],
         layers=lists[0],
         attention=attention.pop(),
         **({"rotary": rotary[0]} if rotary else {}),
     )
+
+
+def _lists(decoder: nn.Module) -> list[str]:
+    """The names of its lists of as many modules as its config says it has layers."""
+    count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    return [name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == count]
 
 
 def _attentions(layer: nn.Module) -> list[str]:
@@ -122,13 +130,17 @@ def try_alone(model: Any, architecture: Architecture, geometry: ModelGeometry) -
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(decoder_of(model, architecture).config.vocab_size)
     ids = torch.randint(vocabulary, (1, PROMPT + STEPS), generator=generator).to(model.device)
-    layers = decoder_layers(model, architecture)
+    layers = [
+        (index, layer)
+        for index, layer in enumerate(decoder_layers(model, architecture))
+        if index not in geometry.states
+    ]
     with _watched(model, architecture, layers) as seen, resting(model):
         try:
             logits = model(ids, use_cache=False).logits
         except Exception as error:
             _refuse(model, f"it did not run over {ids.shape[1]} tokens: {type(error).__name__}: {error}")
-    for index, note in enumerate(seen):
+    for (index, _), note in zip(layers, seen, strict=True):
         reason = note.wrong(geometry, ids.shape[1])
         if reason:
             _refuse(model, f"in layer {index}, {reason}")
@@ -188,17 +200,17 @@ class Note:
 
 
 @contextmanager
-def _watched(model: Any, architecture: Architecture, layers: list[nn.Module]) -> Iterator[list[Note]]:
+def _watched(model: Any, architecture: Architecture, layers: list[tuple[int, nn.Module]]) -> Iterator[list[Note]]:
     decoder, journal = decoder_of(model, architecture), Journal()
     previous = decoder.config._attn_implementation or "eager"
     name = register(previous, TRIED, partial(_attend, previous))
-    notes = [Note(getattr(layer, architecture.attention)) for layer in layers]
+    notes = [Note(getattr(layer, architecture.attention)) for _, layer in layers]
     try:
         journal.own_configs(model)
         configs = (module.__dict__.get("config") for module in decoder.modules())
         for config in {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}.values():
             journal.set(config, "_attn_implementation_internal", name)
-        for layer, note in zip(layers, notes, strict=True):
+        for (_, layer), note in zip(layers, notes, strict=True):
             journal.before(layer, note)
         yield notes
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvpolicy.errors import CacheError, ModelError
 from kvpolicy.patching.attention import newest_validity
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.moment import PROMPT
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,30 @@ def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @dataclass(frozen=True)
+class StateHook:
+    """Tells a layer that keeps a state in place of tokens what of a pass is padding, and leaves it the cache.
+
+    The mask that the model was given is ours, and says nothing.
+    """
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PolicyCache):
+            return None
+        moment, valid = cache.moment, None
+        if moment.kind == PROMPT and not moment.whole and moment.position is not None:
+            valid = moment.position >= 0
+            if not bool(valid[:, -1].all()):
+                raise CacheError(
+                    f"{type(layer).__name__} carries a state from token to token, and a prompt that ends in padding "
+                    "would change it; pad on the left (tokenizer.padding_side = 'left')"
+                )
+        return args, {**kwargs, "attention_mask": None if valid is None or bool(valid.all()) else valid.long()}
+
+
+@dataclass(frozen=True)
 class LayerHook:
     """Hands a decoder layer its layer of a policy's cache, past transformers' own cache protocol.
 
@@ -134,10 +159,16 @@ class LayerHook:
         if not isinstance(cache, PolicyCache):
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad and torch.is_grad_enabled():  # the caller's own embeddings may be a parameter
-            raise CacheError(
-                "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
-            )
+        if hidden.requires_grad:
+            if torch.is_grad_enabled():
+                raise CacheError(
+                    "a policy's cache is written in place and carries no gradients; run the model under torch.no_grad()"
+                )
+            # Checkpointed training makes embeddings ask for gradients where nothing records any: layers would differ.
+            if args:
+                args = (hidden.detach(), *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": hidden.detach()}
         handed = {"past_key_values": None, "kv_layer": cache.layers[self.index]}
         if self.temperature is not None:
             handed["kv_temperature"] = self.temperature

@@ -22,7 +22,7 @@ from kvpolicy.patching.caches import CacheBuilder, NoPagedCache, build_cache
 from kvpolicy.patching.changes import Journal
 from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
 from kvpolicy.patching.generic import PROMPT, STEPS, find_architecture, try_alone
-from kvpolicy.patching.hooks import LayerHook, ModelHook, close_pass
+from kvpolicy.patching.hooks import LayerHook, ModelHook, StateHook, close_pass
 from kvpolicy.patching.lengths import Room
 from kvpolicy.patching.parallel import ranks_of
 from kvpolicy.patching.rereading import CacheKeeper, prepares_by_itself
@@ -127,13 +127,18 @@ def apply(
     if traits is not None and "special" in asked:
         traits.check_special()
     ranks = ranks_of(model, architecture, geometry)
+    if ranks.size > 1 and geometry.states:
+        raise ModelError(
+            f"{type(model).__name__} has layers that keep a state in place of tokens, and how those are shared out by "
+            "tensor parallelism is untested; load it without tp_plan"
+        )
     choose_backend(backend, model.device, geometry)
     room = Room(max_prompt, max_new_tokens)
     room.check(policy, geometry)
     wanted = model.device.type == "cuda" and not untested if compile is None else compile
     layers = decoder_layers(model, architecture)
     if policy.positions == "compact":
-        check_rotation(model, decoder, architecture, getattr(layers[0], architecture.attention))
+        check_rotation(model, decoder, architecture, getattr(layers[geometry.governed[0]], architecture.attention))
     if wanted:
         check_forwards(layers)
     if wanted == BACKGROUND and ranks.size > 1:
@@ -262,6 +267,9 @@ def _change(model: PreTrainedModel, patch: Patch, layers: list[Any], traits: Tra
     journal.before(decoder, ModelHook(name, len(layers)))
     journal.after(decoder, close_pass)
     for index, layer in enumerate(layers):
+        if index in patch.geometry.states:
+            journal.before(layer, StateHook())
+            continue
         journal.before(layer, LayerHook(index, patch.architecture.temperature))
         if patch.compiler is not None:
             journal.set(layer, "forward", CompiledForward(layer, patch.compiler))

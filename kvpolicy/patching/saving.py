@@ -72,9 +72,8 @@ def load_cache(model: Any, path: str | Path) -> PolicyCache:
         said = ", ".join(f"{name} {theirs.get(name)} and not {ours.get(name)}" for name in odd)
         raise CacheError(f"the cache in {path} is of a model of another shape: {said}; read the prompt again")
     lengths = header["plan"]
-    plan = plan_for(
-        policy, geometry, tuple(lengths["prompt"]), lengths["max_new_tokens"], lengths["batch"], lengths["turns"]
-    )
+    low, high = lengths["prompt"]
+    plan = plan_for(policy, geometry, (low, high), lengths["max_new_tokens"], lengths["batch"], lengths["turns"])
     with torch.inference_mode(False):
         cache = PolicyCache(plan, **settings_for(model, patch))
         load_state(cache, path, header["counts"])

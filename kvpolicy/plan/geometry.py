@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpolicy.errors import ModelError
-from kvpolicy.plan.layer_kinds import LocalLayer, local_layers
+from kvpolicy.plan.layer_kinds import LocalLayer, local_layers, state_layers
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
@@ -16,7 +16,8 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64":
 class ModelGeometry:
     """Shape of a decoder: Q query heads over K KV heads of size D in each of its layers.
 
-    ``layers`` are those that attend to the whole text, which a policy governs; ``local`` the others.
+    ``layers`` are those that attend to the whole text, which a policy governs; ``local`` those that attend to
+    the text nearby, ``states`` those that keep a state of fixed size in place of tokens.
     ``softcap`` bounds scaled logits, and ``sinks`` take part in the softmax (``attention.Formula`` says how).
     ``dtype`` is the name of the floating type that keys and values are stored in ("float32", "bfloat16", "float16").
     """
@@ -30,6 +31,7 @@ class ModelGeometry:
     vocab_size: int = 0
     max_positions: int = 0
     local: tuple[LocalLayer, ...] = ()
+    states: tuple[int, ...] = ()
     softcap: float | None = None
     sinks: bool = False
 
@@ -50,13 +52,13 @@ class ModelGeometry:
     @property
     def depth(self) -> int:
         """All decoder layers."""
-        return self.layers + len(self.local)
+        return self.layers + len(self.local) + len(self.states)
 
     @property
     def governed(self) -> tuple[int, ...]:
         """The model's own numbers of the layers that a policy governs, which numbers them from 0."""
-        local = {layer.index for layer in self.local}
-        return tuple(index for index in range(self.depth) if index not in local)
+        others = {layer.index for layer in self.local} | set(self.states)
+        return tuple(index for index in range(self.depth) if index not in others)
 
     def of_heads(self, kv_heads: int) -> ModelGeometry:
         """The same with so many KV heads, and the query heads that share them."""
@@ -83,10 +85,10 @@ class ModelGeometry:
         stored = str(named or read("dtype") or read("torch_dtype") or "float32").removeprefix("torch.")
         if stored not in ("float32", "bfloat16", "float16", "float64"):
             raise ModelError(f"keys and values cannot be stored as {stored}; pass dtype float32, bfloat16 or float16")
-        local = local_layers(read, int(layers), model_type)
+        local, states = (find(read, int(layers), model_type) for find in (local_layers, state_layers))
         return cls(
             model_type=model_type,
-            layers=int(layers) - len(local),
+            layers=int(layers) - len(local) - len(states),
             query_heads=int(query_heads),
             kv_heads=int(read("num_key_value_heads") or query_heads),
             head_dim=int(read("head_dim") or hidden // query_heads),
@@ -94,6 +96,7 @@ class ModelGeometry:
             vocab_size=int(read("vocab_size") or 0),
             max_positions=int(read("max_position_embeddings") or 0),
             local=local,
+            states=states,
             softcap=read("attn_logit_softcapping"),
         )
 

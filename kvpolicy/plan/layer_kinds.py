@@ -11,6 +11,12 @@ from kvpolicy.errors import ModelError
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 CHUNKED = "chunked_attention"
+STATES = ("linear_attention", "conv")
+"""Kinds of layers that keep a state of fixed size in place of tokens: no policy touches them; they take no slots."""
+
+OLDER = {"mamba": "linear_attention", "attention": FULL}
+"""What older configs call a kind of layer."""
+
 SPANS = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
 """Kinds of layers that look back over so many tokens, and what a config calls that number."""
 
@@ -40,12 +46,12 @@ def local_layers(read: Callable[[str], Any], count: int, model_type: str) -> tup
     kinds = _kinds(read, count)
     found = []
     for index, kind in enumerate(kinds):
-        if kind == FULL:
+        if kind == FULL or kind in STATES:
             continue
         if kind not in SPANS:
             raise ModelError(
                 f"layer {index} of this {model_type} model is of kind {kind}, which kvpolicy does not know; it knows "
-                f"{', '.join((FULL, *SPANS))}"
+                f"{', '.join((FULL, *SPANS, *STATES))}"
             )
         span = read(SPANS[kind])
         if not span or int(span) < 1:
@@ -61,9 +67,21 @@ def local_layers(read: Callable[[str], Any], count: int, model_type: str) -> tup
     return tuple(found)
 
 
+def state_layers(read: Callable[[str], Any], count: int, model_type: str) -> tuple[int, ...]:
+    """Those of ``count`` decoder layers that keep a state in place of tokens, by their number in the model.
+
+    Raises:
+        ModelError: all of them do.
+    """
+    found = tuple(index for index, kind in enumerate(_kinds(read, count)) if kind in STATES)
+    if len(found) == count:
+        raise ModelError(f"no layer of this {model_type} model keeps tokens, so there is nothing to govern")
+    return found
+
+
 def _kinds(read: Callable[[str], Any], count: int) -> Sequence[str]:
     named = read("layer_types")
     if named:
-        return [str(kind) for kind in named]
+        return [OLDER.get(str(kind), str(kind)) for kind in named]
     slides = read("sliding_window") is not None and read("use_sliding_window") is not False
     return [SLIDING if slides else FULL] * count

@@ -27,6 +27,7 @@ from kvpolicy.runtime.protocol import new_columns
 from kvpolicy.runtime.ranks import ALONE, Ranks, merged
 from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
+from kvpolicy.runtime.state_layer import StateLayer
 from kvpolicy.runtime.tail import Tail
 
 
@@ -85,7 +86,8 @@ class PolicyCache(Cache):
             for layer in self.own.layers
         ]
         self.local = [LocalLayer(layer, self.clocks, self.moment, self.device) for layer in self.own.local]
-        super().__init__(layers=_in_order(plan, self.governed, self.local))
+        self.states = [StateLayer() for _ in plan.geometry.states]
+        super().__init__(layers=_in_order(plan, self.governed, self.local, self.states))
         self.tail = Tail()
         self._note_cadences()
         self._forget()
@@ -350,12 +352,15 @@ class PolicyCache(Cache):
         tensors = self._tensors()
         for tensor in tensors:
             tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+        for state in self.states:
+            state.select(rows)
 
     # What people ask ------------------------------------------------------------------------------------------------
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache's tensors hold on this rank: what the plan announced."""
+        """Bytes that the cache's tensors hold on this rank: what the plan announced. What layers in ``states`` hold, of
+        a size that no text changes, is the model's own matter."""
         tensors = self._tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -432,10 +437,10 @@ class PolicyCache(Cache):
         self._note_cadences()
 
 
-def _in_order(plan: Plan, governed: Sequence[Any], local: Sequence[Any]) -> list[Any]:
+def _in_order(plan: Plan, governed: Sequence[Any], local: Sequence[Any], states: Sequence[Any]) -> list[Any]:
     """The layers as the model numbers them."""
-    numbers = (*plan.geometry.governed, *(layer.layer.index for layer in plan.local))
-    by_number = dict(zip(numbers, (*governed, *local), strict=True))
+    numbers = (*plan.geometry.governed, *(layer.layer.index for layer in plan.local), *plan.geometry.states)
+    by_number = dict(zip(numbers, (*governed, *local, *states), strict=True))
     return [by_number[number] for number in sorted(by_number)]
 
 

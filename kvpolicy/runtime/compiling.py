@@ -160,7 +160,7 @@ class CompiledStep:
         self._ran = False
         entry = _Entry(weakref.ref(self))
         self._compiled = torch.compile(function, backend=entry, fullgraph=True, dynamic=False, **_LIMIT)
-        weakref.finalize(self, entry.leave).atexit = False
+        weakref.finalize(self, entry.leave, code).atexit = False
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
         if not self._ran:
@@ -203,8 +203,8 @@ class CompiledStep:
 
 @dataclass(eq=False)
 class _Entry:
-    """What torch knows a step's backend by. torch keeps every backend that it was ever given, until it is reset: this
-    one does not hold the step, and goes when that goes."""
+    """What torch knows a step's backend by. torch keeps the backends that it was given, and what it compiled with them,
+    for as long as the process lives: this one does not hold the step, and goes when that goes."""
 
     step: weakref.ref[CompiledStep]
 
@@ -213,12 +213,13 @@ class _Entry:
         assert step is not None
         return step.compile(graph, inputs, **options)
 
-    def leave(self) -> None:
-        """Out of torch's list."""
+    def leave(self, code: types.CodeType) -> None:
+        """Take out of torch's lists the backend, and what was compiled for ``code``, which holds itself there."""
         known: dict[int, Any] = getattr(torch._dynamo.eval_frame, "cached_backends", {})
         for key, backend in list(known.items()):
             if getattr(backend, "compiler_fn", backend) is self:
                 known.pop(key, None)
+        getattr(torch._dynamo, "reset_code", lambda code: None)(code)
 
 
 def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:

@@ -37,13 +37,21 @@ def copied(cache: PolicyCache, repeats: int = 1) -> PolicyCache:
     _check_settled(cache)
     plan = cache.plan
     if repeats > 1:
-        lengths = {"prompt": plan.prompt, "max_new_tokens": plan.max_new_tokens, "turns": plan.turns}
-        plan = make_plan(plan.policy, plan.geometry, batch=plan.batch * repeats, **lengths)
+        plan = make_plan(
+            plan.policy,
+            plan.geometry,
+            batch=plan.batch * repeats,
+            prompt=plan.prompt,
+            max_new_tokens=plan.max_new_tokens,
+            turns=plan.turns,
+        )
     twin = type(cache)(plan, device=cache.device, backend=cache.backend, rotation=cache.rotation, ranks=cache.ranks)
     tensors = state_of(cache)
     if repeats > 1:
         tensors = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in tensors.items()}
     put_state(twin, counts_of(cache), tensors)
+    for own, state in zip(twin.states, cache.states, strict=True):
+        own.take(state, repeats)
     return twin
 
 
@@ -58,6 +66,11 @@ def save_cache(cache: PolicyCache, path: str | Path) -> None:
         raise CacheError(
             f"this cache holds the heads of one of {cache.ranks.size} ranks, and a file is read by a whole model; save "
             "a cache of the model in one process"
+        )
+    if cache.states:
+        raise CacheError(
+            "this model has layers that keep a state in place of tokens, and no file holds those yet; fork the cache "
+            "with cache.copy(), or read the prompt again"
         )
     plan = cache.plan
     header = {

@@ -11,6 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MORE_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+SHARED = {**MORE_EXPERTS, "shared_expert_intermediate_size": 24}
+
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 """Of the 4 pairs of channels of a head, 2 are turned by time, 1 by height, 1 by width."""
 
@@ -35,6 +44,7 @@ SEEING: dict[str, Any] = {
 }
 
 NEAR = ("sliding_attention", "full_attention")
+STATEFUL = ("linear_attention", "full_attention")
 
 OWN: dict[str, dict[str, Any]] = {
     "cohere2": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
@@ -69,6 +79,31 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoe": {"decoder": {"attention_multiplier": 0.25, **EXPERTS}},
     "granitemoeshared": {"decoder": {"attention_multiplier": 0.25, "shared_intermediate_size": 24, **EXPERTS}},
     "hunyuan_v1_moe": {"decoder": {"num_experts": 4, "moe_topk": 2}},
+    "granitemoehybrid": {
+        "decoder": {
+            **EXPERTS,
+            "shared_intermediate_size": 24,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+            "attention_multiplier": 0.25,
+        },
+        "kinds": STATEFUL,
+    },
+    "jamba": {
+        "decoder": {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        }
+    },
+    "lfm2": {"kinds": ("conv", "full_attention")},
+    "lfm2_moe": {"decoder": {**MORE_EXPERTS, "num_dense_layers": 1}, "kinds": ("conv", "full_attention")},
     "llava": {
         "decoder": {"model_type": "llama"},
         "vision_config": {  # one token of 4 x 4 pixels, four to a picture
@@ -85,6 +120,7 @@ OWN: dict[str, dict[str, Any]] = {
     "minimax_m2": {"decoder": EXPERTS},
     "mistral": {"decoder": {"sliding_window": None}},
     "mixtral": {"decoder": EXPERTS},
+    "olmo_hybrid": {"decoder": LINEAR, "kinds": STATEFUL},
     "olmoe": {"decoder": {"num_experts": 4, "num_experts_per_tok": 2}},
     "phimoe": {"decoder": EXPERTS},
     "qwen2_5_vl": {
@@ -107,7 +143,10 @@ OWN: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 95,
         "vision_end_token_id": 96,
     },
-    "qwen2_moe": {"decoder": {**MORE_EXPERTS, "shared_expert_intermediate_size": 24}},
+    "qwen2_moe": {"decoder": SHARED},
+    "qwen3_5_moe_text": {"decoder": {**LINEAR, **SHARED}, "kinds": STATEFUL},
+    "qwen3_5_text": {"decoder": LINEAR, "kinds": STATEFUL},
+    "qwen3_next": {"decoder": {**LINEAR, **SHARED}, "kinds": STATEFUL},
     "qwen3_moe": {"decoder": {**MORE_EXPERTS, "mlp_only_layers": [1]}},
     "qwen3_vl": {"decoder": {"rope_parameters": SECTIONS}, **SEEING},
     "qwen3_vl_moe": {"decoder": {"rope_parameters": SECTIONS, **MORE_EXPERTS}, **SEEING},

@@ -23,7 +23,7 @@ from kvpolicy.models import load_model
 from kvpolicy.runtime import prompt_pass
 from tests.invariants.policies import tight
 
-PROMPT, SUFFIX = 32, 5
+PROMPT, SUFFIX = 24, 5
 MODELS = ["builtin:tiny", pytest.param("builtin:smollm2", marks=pytest.mark.smollm2)]
 POLICIES = ["streaming-llm", "h2o", "raas", "snapkv"]
 
@@ -54,7 +54,11 @@ class Pair:
         self.patched = kvpolicy.apply(copy.deepcopy(model), policy)
         self.dense = copy.deepcopy(model)
         self.dense.set_attn_implementation("kept-only")
-        lengths = {"prompt": (PROMPT, PROMPT + SUFFIX), "max_new_tokens": steps, "turns": 2}
+        lengths = {
+            "prompt": (PROMPT, PROMPT + SUFFIX),
+            "max_new_tokens": steps,
+            "turns": 2,
+        }  # within what `tight` takes
         self.gone = 0
         self.cache, self.full = kvpolicy.cache_for(self.patched, **lengths), DynamicCache(config=model.config)
 

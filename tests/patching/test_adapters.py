@@ -68,6 +68,7 @@ def lives(wrapper):
     yield "unmerged"
 
 
+@pytest.mark.slow
 def test_compiled_steps_follow_what_becomes_of_an_adapter(build, policies, prompt):
     """A step that was compiled for one state is never run in another, also where only a list notes the change."""
     settings = {"do_sample": False, "max_new_tokens": 8}

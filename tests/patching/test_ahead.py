@@ -47,7 +47,7 @@ def generate(model, prompt):
     return model.generate(prompt, do_sample=False, max_new_tokens=24, custom_generate=decode_loop)
 
 
-@pytest.mark.parametrize("name", ["scored", "window"])
+@pytest.mark.parametrize("name", [pytest.param("scored", marks=pytest.mark.slow), "window"])
 def test_tokens_come_eagerly_until_the_other_process_is_done(model, policies, prompt, name):
     expected = generate(apply(model, policies[name]), prompt)
     remove(model)

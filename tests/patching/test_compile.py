@@ -121,7 +121,24 @@ def swap_module(layer: nn.Module) -> None:
     layer.mlp.up_proj.weight.data.mul_(2)
 
 
-@pytest.mark.parametrize("change", [swap_weight, swap_module])
+class Doubled(nn.Linear):
+    """A linear layer of another kind, as adapters and quantisers put in."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden)
+
+
+def put_in_another_kind(layer: nn.Module) -> None:
+    before, layer.mlp.up_proj = layer.mlp.up_proj, Doubled(32, 48, bias=False)
+    layer.mlp.up_proj.weight = before.weight
+
+
+def freeze(layer: nn.Module) -> None:
+    swap_weight(layer)
+    layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [swap_weight, swap_module, put_in_another_kind, freeze])
 def test_a_lawful_change_between_steps_is_seen(model, policies, prompt, greedy, change):
     apply(model, policies["window"], compile="eager")
     before = model.generate(prompt, **greedy)
@@ -153,9 +170,14 @@ def turn_a_number(layer: nn.Module) -> None:
     layer.self_attn.scaling *= 2
 
 
-@pytest.mark.parametrize("change", [swap_weight, swap_module, add_hook, cast_in_place, turn_a_number])
+def note_in_a_list(layer: nn.Module) -> None:
+    layer.mlp.merged.append("adapter")
+
+
+@pytest.mark.parametrize("change", [swap_weight, swap_module, add_hook, cast_in_place, turn_a_number, note_in_a_list])
 def test_a_snapshot_sees_every_change(model, change):
     layer = model.model.layers[0]
+    layer.mlp.merged = []
     snapshot = Unchanged(layer)
     assert snapshot.still()
     change(layer)
@@ -232,6 +254,7 @@ class TestAModelThatTheUserCompiled:
         greedy["max_new_tokens"] = 9
         return apply(model, policies["scored"]).generate(prompt, **greedy)
 
+    @pytest.mark.slow
     def test_with_breaks_it_is_right(self, model, prompt, greedy, expected):
         model.compile(backend="eager")
         with torch._dynamo.config.patch(recompile_limit=64):
@@ -259,7 +282,7 @@ class TestAModelThatTheUserCompiled:
                 torch.testing.assert_close(mine, eager)
 
 
-@pytest.mark.parametrize("name", ["scored", "paged"])
+@pytest.mark.parametrize("name", [pytest.param("scored", marks=pytest.mark.slow), "paged"])
 def test_the_generated_code_copies_no_cache(model, policies, prompt, name):
     """Inductor writes slots in place: no buffer of the size of the keys is made or copied in a step."""
     apply(model, policies[name])

@@ -8,7 +8,7 @@ import torch
 from kvpolicy.patching import apply, compile_report
 from kvpolicy.runtime.compiling import CompileReport
 
-NAMES = ("scored", "paged")
+NAMES = ("window", "everything")  # one kind of step each, so one graph
 
 
 def at_once(*calls):
@@ -36,14 +36,14 @@ def test_two_caches_on_each_of_two_models(build, policies, prompt, compile):
     """Nothing is compiled when they start: a trace in one thread changes torch for all of them, and must wait."""
     settings = {"do_sample": False, "max_new_tokens": 10}
     prompts = (prompt, prompt[:, :9])
-    models = [apply(build(seed=seed), policies[name]) for seed, name in enumerate(NAMES)]
+    models = [apply(build(seed=seed, num_hidden_layers=2), policies[name]) for seed, name in enumerate(NAMES)]
     expected = [model.generate(ids, **settings) for model in models for ids in prompts]
-    models = [apply(build(seed=seed), policies[name], compile=compile) for seed, name in enumerate(NAMES)]
+    models = [
+        apply(build(seed=seed, num_hidden_layers=2), policies[name], compile=compile) for seed, name in enumerate(NAMES)
+    ]
     calls = [lambda model=model, ids=ids: model.generate(ids, **settings) for model in models for ids in prompts]
     torch._dynamo.reset()
     found = at_once(*calls, *calls)
     assert all(map(torch.equal, found, expected * 2))
     for model in models:
-        report = compile_report(model)
-        assert report == CompileReport(graphs=report.graphs)
-        assert (report.graphs > 0) == (compile is not None)
+        assert compile_report(model) == CompileReport(graphs=0 if compile is None else 1)

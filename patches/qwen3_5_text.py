@@ -1,0 +1,8 @@
+"""Qwen3.5 without its eyes: three layers of four keep a state in place of tokens, and no policy touches them."""
+
+from kvpolicy.architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    model_types=("qwen3_5_text", "qwen3_5_moe_text"),
+    covers="the text decoders of Qwen3.5, dense and with experts",
+)
