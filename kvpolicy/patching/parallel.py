@@ -50,9 +50,10 @@ def _shares_heads(model: Any, architecture: Architecture) -> bool:
     plan, where = getattr(model, "_tp_plan", None) or {}, f"{architecture.layers}.*.{architecture.attention}."
     sliced = {name.rpartition(".")[2] for name, style in plan.items() if where in name and _slices(style)}
     if sliced and sliced.isdisjoint(KEYS):
+        shared = ", ".join(sorted(sliced))
         raise ModelError(
-            f"tensor parallelism shares out {', '.join(sorted(sliced))} of this {model.config.model_type} model but not "
-            "its keys, so each rank would choose by its own queries alone; load it without tp_plan"
+            f"tensor parallelism shares out {shared} of this {model.config.model_type} model but not its keys, so each "
+            "rank would choose by its own queries alone; load it without tp_plan"
         )
     return bool(sliced)
 
