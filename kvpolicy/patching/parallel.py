@@ -22,7 +22,7 @@ def ranks_of(model: Any, architecture: Architecture, geometry: ModelGeometry) ->
     """The ranks that share a model's KV heads; ``ALONE`` where this process sees all of them.
 
     Raises:
-        ModelError: the heads do not divide by the ranks, or the model is split by layers.
+        ModelError: the heads do not divide by the ranks, or the model is split in another way than by heads.
     """
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None:
@@ -32,7 +32,7 @@ def ranks_of(model: Any, architecture: Architecture, geometry: ModelGeometry) ->
             "this model's layers are spread over ranks (pipeline parallelism), and a policy's cache has all layers on "
             "one; shard it by heads: tp_plan='auto'"
         )
-    if (getattr(model, "_tp_size", None) or 1) < 2 or not _shards_keys(model, architecture):
+    if (getattr(model, "_tp_size", None) or 1) < 2 or not _shares_heads(model, architecture):
         return ALONE
     if mesh.ndim > 1:
         mesh = mesh["tp"]
@@ -41,11 +41,23 @@ def ranks_of(model: Any, architecture: Architecture, geometry: ModelGeometry) ->
     return Ranks.of(mesh.get_group())
 
 
-def _shards_keys(model: Any, architecture: Architecture) -> bool:
-    """Whether attention is given the keys of this rank's heads alone."""
-    for name, style in (getattr(model, "_tp_plan", None) or {}).items():
-        parent, _, module = name.rpartition(".")
-        inside = parent.endswith(f"{architecture.layers}.*.{architecture.attention}")
-        if module in KEYS and inside and "colwise" in style:
-            return "gather" not in style and "rep" not in style
-    return False
+def _shares_heads(model: Any, architecture: Architecture) -> bool:
+    """Whether attention is given the queries and keys of this rank's heads alone.
+
+    Raises:
+        ModelError: of the queries alone, as where keys are one latent vector for all heads.
+    """
+    plan, where = getattr(model, "_tp_plan", None) or {}, f"{architecture.layers}.*.{architecture.attention}."
+    sliced = {name.rpartition(".")[2] for name, style in plan.items() if where in name and _slices(style)}
+    if sliced and sliced.isdisjoint(KEYS):
+        shared = ", ".join(sorted(sliced))
+        raise ModelError(
+            f"tensor parallelism shares out {shared} of this {model.config.model_type} model but not its keys, so each "
+            "rank would choose by its own queries alone; load it without tp_plan"
+        )
+    return bool(sliced)
+
+
+def _slices(style: str) -> bool:
+    """Whether a style of a plan leaves each rank its part of the outputs, as some older ones (`colwise_rep`) do not."""
+    return "colwise" in style and "gather" not in style and "rep" not in style

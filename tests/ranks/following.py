@@ -141,6 +141,17 @@ def command(arguments):
     return [code, said.getvalue()]
 
 
+def follow_family(path, policy):
+    """``follow``, of a sharded model of another family; None where transformers itself cannot run it sharded."""
+    ready = sharded(path)
+    try:
+        with torch.no_grad():
+            ready(prompts()[0])
+    except RuntimeError:
+        return None
+    return follow(ready, policy)
+
+
 def sharded(path):
     """The model in a folder, as transformers shards it over all ranks."""
     return AutoModelForCausalLM.from_pretrained(path, **sharding()).eval()
@@ -157,7 +168,7 @@ def run(folder):
     done = {
         "heads": list(ranks.heads(GEOMETRY.kv_heads)),
         "families": {
-            family: follow(sharded(folder / family), policies[name]) for family, name in job.get("families", {}).items()
+            family: follow_family(folder / family, policies[name]) for family, name in job.get("families", {}).items()
         },
         "follow": {name: follow(shared, policies[name], **how) for name, how in job.get("follow", {}).items()},
         "numbers": {name: follow_numbers(policies[name], ranks) for name in job.get("numbers", ())},

@@ -4,16 +4,19 @@ import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kvpolicy.architecture import Architecture
 from kvpolicy.cli.main import main
 from kvpolicy.errors import KvpolicyError, ModelError, PolicyError, UsageError
 from kvpolicy.language import load_policy, loads_policy
 from kvpolicy.models import processes as module
 from kvpolicy.models.processes import Processes, processes
 from kvpolicy.patching import applied, patch_of
+from kvpolicy.patching.parallel import _shares_heads
 from kvpolicy.plan import ModelGeometry, gathered, make_plan, on_rank
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.fused import Fusion
@@ -179,3 +182,24 @@ def test_a_cache_of_other_heads_is_told_from_the_models():
         plan = make_plan(policy, patch_of(small).geometry, prompt=5, max_new_tokens=4)
         with pytest.raises(ModelError, match="was given 4 KV heads, and the cache was made for 2"):
             small(torch.ones(1, 5, dtype=torch.long), past_key_values=PolicyCache(plan, ranks=Ranks(0, 2, "none")))
+
+
+@pytest.mark.parametrize(
+    ("styles", "shared"),
+    [
+        ({"q_proj": "colwise", "k_proj": "colwise"}, True),
+        ({"q_proj": "colwise_gather_output", "k_proj": "colwise_gather_output"}, False),
+        ({"qkv_proj": "colwise_rep"}, False),
+        ({}, False),
+    ],
+)
+def test_whose_heads_are_shared_out_is_read_off_the_plan(styles, shared):
+    plan = {f"model.layers.*.self_attn.{name}": style for name, style in styles.items()}
+    assert _shares_heads(SimpleNamespace(_tp_plan=plan), Architecture(("some",), "")) is shared
+
+
+def test_queries_that_are_shared_out_without_their_keys_are_refused():
+    plan = {"model.layers.*.self_attn.q_b_proj": "colwise", "model.layers.*.mlp.up_proj": "colwise"}
+    latent = SimpleNamespace(_tp_plan=plan, config=SimpleNamespace(model_type="latent"))
+    with pytest.raises(ModelError, match="shares out q_b_proj of this latent model but not its keys"):
+        _shares_heads(latent, Architecture(("latent",), ""))
