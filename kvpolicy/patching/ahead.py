@@ -67,7 +67,9 @@ class Job:
         hidden = torch.zeros(self.hidden[0], dtype=self.hidden[1], device=self.device)
         # Two tensors and not one twice: torch would compile for that.
         angles = tuple(torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in self.rotation)
-        arguments: dict[str, Any] = {"position_embeddings": angles if len(angles) > 1 else angles[0]}
+        arguments: dict[str, Any] = {}
+        if angles:
+            arguments["position_embeddings"] = angles if len(angles) > 1 else angles[0]
         if self.temperature is not None:
             arguments["kv_temperature"] = self.temperature
         forward = CompiledForward(layer, StepCompiler(self.compiler))
@@ -150,8 +152,8 @@ def _stop(process: subprocess.Popen[bytes], file: Path) -> None:
 
 def _job(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], compiler: str) -> Job:
     """What to send for one layer of a model: its modules without hooks or weights, and its plan."""
-    kv_layer, turned = arguments["kv_layer"], arguments["position_embeddings"]
-    angles = (turned,) if isinstance(turned, Tensor) else turned
+    kv_layer, turned = arguments["kv_layer"], arguments.get("position_embeddings")
+    angles = (turned,) if isinstance(turned, Tensor) else turned or ()
     memo: dict[int, Any] = {}
     for tensor in (*layer.parameters(), *layer.buffers()):
         empty = torch.empty_like(tensor, device="meta")
