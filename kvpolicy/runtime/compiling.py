@@ -316,13 +316,14 @@ def _step_arguments(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
     `position_ids` are dropped: a decoder layer reads the rotation only, and a caller may leave them out.
     """
-    ours: dict[str, Any] = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
-    turned = kwargs.get("position_embeddings")  # cos and sin; of Llama 4 one complex tensor; none where no key turns
+    ours = {name: value for name, value in kwargs.items() if name.startswith("kv_")}
+    given = {"attention_mask": None, "past_key_values": None, **ours}
+    turned = kwargs.get("position_embeddings")  # cos and sin; of Llama 4 one complex tensor; none of Jamba
     if isinstance(turned, Tensor):
-        ours["position_embeddings"] = _canonical(turned, rows)
+        given["position_embeddings"] = _canonical(turned, rows)
     elif turned is not None:
-        ours["position_embeddings"] = tuple(_canonical(each, rows) for each in turned)
-    return {"attention_mask": None, "past_key_values": None, **ours}
+        given["position_embeddings"] = tuple(_canonical(each, rows) for each in turned)
+    return given
 
 
 def _canonical(tensor: Tensor, rows: int) -> Tensor:
