@@ -10,8 +10,17 @@ from kvpolicy.testing.live import LiveAgreement
 from kvpolicy.testing.models import random_model
 from tests.invariants.policies import EVICTING, NAMES, drops, roomy, smallest, spread, thorough, tight
 
-FAMILIES = sorted(architectures())
+FAMILIES = sorted(name for name, family in architectures().items() if not family.images_see_ahead)
+"""Prompts here are any ids, those of images among them."""
+
 STEPS = 40
+
+
+def model_for(name: str, family: str):
+    """A model of the family; of Llama's, where keys are turned anew as Llama turns them, or ranked by their length: some
+    families normalise keys, and with random weights all are as long."""
+    as_llama = kvpolicy.load_policy(name).positions == "compact" or name == "knorm"
+    return random_model("llama" if as_llama else family)
 
 
 def next_tokens(rows: int, seed: int = 9, steps: int = STEPS) -> torch.Tensor:
@@ -34,7 +43,7 @@ def run(model, cache, ids, mask, tokens):
 @pytest.mark.parametrize(("name", "family"), spread(NAMES, FAMILIES))
 def test_with_room_for_everything_the_logits_are_the_models_own(name, family, ragged):
     ids, mask = ragged
-    model, tokens = random_model(family), next_tokens(3)
+    model, tokens = model_for(name, family), next_tokens(3)
     expected = run(model, DynamicCache(config=model.config), ids, mask, tokens)
     with kvpolicy.applied(model, roomy(name)):
         cache = kvpolicy.cache_for(model, prompt=(9, 27), max_new_tokens=STEPS, batch=3)
@@ -46,7 +55,7 @@ def test_with_room_for_everything_the_logits_are_the_models_own(name, family, ra
 @pytest.mark.parametrize(("name", "family"), spread(NAMES, FAMILIES))
 def test_a_live_model_keeps_what_the_oracle_keeps_within_the_plan(name, family, ragged):
     ids, mask = ragged
-    model = kvpolicy.apply(random_model(family), tight(name))
+    model = kvpolicy.apply(model_for(name, family), tight(name))
     live = LiveAgreement(model, prompt=(9, 27), max_new_tokens=STEPS, batch=3)
     plan, cache = live.cache.plan, live.cache
     assert cache.bytes == plan.bytes
@@ -62,7 +71,7 @@ def test_a_live_model_keeps_what_the_oracle_keeps_within_the_plan(name, family, 
             if cache.moment.kind != "plain" and all(pool.cadence == 1 for pool in layer.pools if pool.evicts):
                 assert int(held.max()) <= layer.bound
     assert cache.bytes == plan.bytes
-    assert live.agreement.compared >= (1 + STEPS) * 3 * 3 * 2  # chunks are compared too
+    assert live.agreement.compared >= (1 + STEPS) * 3 * len(plan.layers) * 2  # chunks are compared too
     assert len(live.agreement.near_ties) <= live.agreement.compared // 100, live.agreement.summary()
     assert name not in EVICTING or cache.stats()["evicted"] > 0
 

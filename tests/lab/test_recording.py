@@ -117,7 +117,8 @@ def test_attention_from_a_trace_is_the_models_own(family: str, tmp_path: Path) -
     assert (outcome.prompt_tokens, outcome.new_tokens, outcome.ended) == (len(PROMPT), 12, "length")
     assert (outcome.layers, trace.about.layers, trace.about.model_type) == (layers, layers, family)
     assert trace.about.prompts == (len(PROMPT),)
-    check(model, trace, 2e-5)
+    if not shape.states:  # beside layers that keep a state, attention is gated, or tells no maps
+        check(model, trace, 2e-5)
 
 
 def test_on_the_model_that_ships(tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "a generated token does not see the first one where scores are read",
         R + "token_pass",
-        "state.position < 0, scaling",
-        "state.position <= 0, scaling",
+        "state.position < 0, formula",
+        "state.position <= 0, formula",
     ),
     # observe
     Mutant(
@@ -254,8 +254,8 @@ MUTANTS = (
     Mutant(
         "a layer's heads decide by the highest score, not the mean",
         R + "evict",
-        "score.mean(1, keepdim=True)",
-        "score.amax(1, keepdim=True)",
+        "gather(score).mean(1, keepdim=True)",
+        "gather(score).amax(1, keepdim=True)",
     ),
     Mutant(
         "units survive updates that did not fire",
