@@ -17,8 +17,8 @@ STEPS = 40
 
 
 def model_for(name: str, family: str):
-    """A model of the family; of Llama's, where keys are turned anew as Llama turns them, or ranked by their length: some
-    families normalise keys, and with random weights all are as long."""
+    """A model of the family; of Llama's, where keys are turned anew as Llama turns them, or ranked by their length, as
+    some families normalise keys, and with random weights all are as long."""
     as_llama = kvpolicy.load_policy(name).positions == "compact" or name == "knorm"
     return random_model("llama" if as_llama else family)
 
