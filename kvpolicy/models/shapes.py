@@ -80,4 +80,18 @@ def shape_of(model: str, dtype: str | None) -> ModelGeometry:
         raise ModelError(f"cannot read the config {file}: {error}; give the config.json of a model") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} is no config: it holds a {type(config).__name__}; give the config.json of a model")
-    return ModelGeometry.from_config(config, dtype)
+    return ModelGeometry.from_config(_with_kinds(config), dtype)
+
+
+def _with_kinds(config: dict[str, Any]) -> Any:
+    """A config as transformers completes it, where it has a sliding window and does not say for which layers: older
+    files leave that to the family's own rule."""
+    text = config.get("text_config", config)
+    if not text.get("sliding_window") or "layer_types" in text or "model_type" not in config:
+        return config
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**config)
+    except (ValueError, TypeError):  # a family that this transformers does not know
+        return config
