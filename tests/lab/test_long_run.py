@@ -35,7 +35,9 @@ def test_a_long_text_in_one_graph_a_kind(name: str, tiny: Setting) -> None:
     """With torch's eager backend, which traces and guards as Inductor does; kvpolicy.lab.long_run takes Inductor."""
     setting = tiny if name not in SHORT else dataclasses.replace(tiny, tokens=150)
     full, row = long_run.run(setting, [name])
-    assert (full.policy, full.status, row.status, row.why) == ("dense", "ok", "ok", "")
+    assert (full.policy, full.status) == ("dense", "ok")
+    # A text of 1,000 tokens is five times what this model was trained on: what it babbles at is told, and is no fault.
+    assert row.status == "ok" or "under the full cache" in row.why
     assert row.recompiles == 0 and row.graphs > 0
     assert row.evicted > 0 or not any(pool.budget for pool in load_policy(name).pools.values())
 
@@ -76,10 +78,10 @@ def test_what_is_not() -> None:
 def test_a_fault_of_one_policy_is_a_row_and_not_the_end(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     original = long_run.write
 
-    def write(setting: Setting, policy: Any) -> Row:
+    def write(setting: Setting, policy: Any, sized: Any) -> Row:
         if policy.name == "window":
             raise RuntimeError("a second graph\nand its long story")
-        return original(setting, policy)
+        return original(setting, policy, sized)
 
     monkeypatch.setattr(long_run, "write", write)
     short = dataclasses.replace(tiny, tokens=6, compile=False)
@@ -94,9 +96,9 @@ def test_a_second_run_goes_on_where_the_first_ended(
     out, written = tmp_path / "new" / "long.jsonl", []
     original = long_run.write
 
-    def write(setting: Setting, policy: Any) -> Row:
+    def write(setting: Setting, policy: Any, sized: Any) -> Row:
         written.append(policy.name)
-        return original(setting, policy)
+        return original(setting, policy, sized)
 
     monkeypatch.setattr(long_run, "write", write)
     words = ["--tokens", "12", "--compile", "no", "--out", str(out)]
@@ -107,3 +109,23 @@ def test_a_second_run_goes_on_where_the_first_ended(
     assert "[3/3] tova" in capsys.readouterr().out
     assert [row.policy for row in long_run.read(out)] == ["dense", "window", "tova"]
     assert json.loads(out.read_text().splitlines()[-1])["status"] == "ok"
+
+
+def test_who_babbles_gets_more_room(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its sizes doubled as often as something is dropped still; its row tells what it did at its own."""
+    seen: list[tuple[str, str]] = []
+
+    def write(setting: Setting, policy: Any, sized: Any = None) -> Row:
+        size = (sized or policy).params["window"].value.text if policy.name == "window" else ""
+        seen.append((policy.name, size))
+        run = 400 if policy.name == "window" and len(seen) < 4 else 2
+        return setting.row(policy, "ok", small=sized, evicted=5, longest_run=run, variety=9, seconds=1.0)
+
+    monkeypatch.setattr(long_run, "write", write)
+    small = load_policy("window").bind(window=64)
+    monkeypatch.setattr(long_run, "load_policy", lambda name: small if name == "window" else load_policy(name))
+    long = dataclasses.replace(tiny, tokens=1000, compile=False)
+    _, row = long_run.run(long, ["window"])
+    assert [size for name, size in seen if name == "window"] == ["64", "2 * (64)", "4 * (64)"]
+    assert row.status == "ok" and row.settings["window"] == "4 * (64)"
+    assert row.why.startswith("at its own sizes: the same token 400 times in a row")
