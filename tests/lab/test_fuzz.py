@@ -27,8 +27,8 @@ from kvpolicy.testing.strategies.texts import draw_text
 PARTS = 4
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_runtime_and_oracle_agree_on_three_hundred_random_cases(part: int) -> None:
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, PARTS))])
+def test_runtime_and_oracle_agree_on_random_cases(part: int) -> None:
     found = search(Chunk(first=part * 80, count=80, seed=0))
     assert not found.failures, found.failures[0]
     assert found.agreed + sum(found.refused.values()) >= 80 and found.agreed >= 75

@@ -61,6 +61,7 @@ def test_tokens_come_eagerly_until_the_other_process_is_done(model, policies, pr
     assert len(said) == 2 and said[1].startswith("compiled in ") and said[1].endswith("come from compiled steps")
 
 
+@pytest.mark.slow
 def test_a_failure_is_said_once_and_steps_stay_eager(model, policies, prompt):
     expected = generate(apply(model, policies["window"]), prompt)
     remove(model)
