@@ -214,9 +214,9 @@ def judged(row: Row, full: Row) -> Row:
     """The row, failed where it babbles and the full cache does not."""
     wrong = [row.why] if row.status == "failed" else []
     if row.longest_run > max(RUN, 2 * full.longest_run):
-        wrong.append(f"the same token {row.longest_run} times in a row; under the full cache {full.longest_run}")
+        wrong.append(f"the same token {row.longest_run} times in a row (under the full cache {full.longest_run})")
     if row.seconds and 2 * row.variety < full.variety:
-        wrong.append(f"{row.variety} different tokens in the newest half; under the full cache {full.variety}")
+        wrong.append(f"{row.variety} different tokens in the newest half (under the full cache {full.variety})")
     if row.status == "refused" or not wrong:
         return row
     return replace(row, status="failed", why="; ".join(wrong))

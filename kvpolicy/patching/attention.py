@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from kvpolicy.attention import Formula
+from kvpolicy.attention.backends import TRITON
 from kvpolicy.errors import CacheError, ModelError
 
 PREFIX = "kvp|"
@@ -78,6 +79,11 @@ def attend(
         scale = kv_temperature(module, kv_layer.query_position)
         query = query if scale is None else query * scale[:, None, :, None]
     formula = Formula(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+    if kv_layer.backend == TRITON and not formula.plain:
+        raise ModelError(
+            f"{type(module).__name__} caps its logits or has attention sinks, and the triton kernels compute plain "
+            "softmax; call kvpolicy.remove(model), and apply the policy with backend='torch'"
+        )
     # Under autocast, and beside layers kept in float32, these may come in other dtypes than the cache has.
     given = value.dtype
     query, key, value = (tensor.to(kv_layer.dtype) for tensor in (query, key, value))

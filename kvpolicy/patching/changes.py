@@ -57,6 +57,13 @@ class Journal:
                 self._configs.append((config, own, dict(config.__dict__)))
             self.set(module, "config", copies[id(config)])
 
+    def attend_by(self, model: nn.Module, decoder: nn.Module, name: str) -> None:
+        """Have a model's text decoder attend by a registered function, and no other model: configs become its own."""
+        self.own_configs(model)
+        configs = (module.__dict__.get("config") for module in decoder.modules())
+        for config in {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}.values():
+            self.set(config, "_attn_implementation_internal", name)
+
     def undo(self) -> None:
         """Take everything back; a second call does nothing."""
         while self._hooks:

@@ -206,10 +206,7 @@ def _watched(model: Any, architecture: Architecture, layers: list[tuple[int, nn.
     name = register(previous, TRIED, partial(_attend, previous))
     notes = [Note(getattr(layer, architecture.attention)) for _, layer in layers]
     try:
-        journal.own_configs(model)
-        configs = (module.__dict__.get("config") for module in decoder.modules())
-        for config in {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}.values():
-            journal.set(config, "_attn_implementation_internal", name)
+        journal.attend_by(model, decoder, name)
         for (_, layer), note in zip(layers, notes, strict=True):
             journal.before(layer, note)
         yield notes

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from kvpolicy.architecture import architecture_of
 from kvpolicy.errors import ModelError, UsageError
@@ -47,10 +46,7 @@ def listening(model: Any, layers: Sequence[int], hear: Hear) -> Iterator[None]:
     name = register(previous, HEARD, partial(attend, previous))
     journal = Journal()
     try:
-        journal.own_configs(model)
-        configs = (module.__dict__.get("config") for module in decoder.modules())
-        for config in {id(each): each for each in configs if isinstance(each, PreTrainedConfig)}.values():
-            journal.set(config, "_attn_implementation_internal", name)
+        journal.attend_by(model, decoder, name)
         for layer in layers:
             journal.before(stack[layer], Ear(layer, hear))
         yield

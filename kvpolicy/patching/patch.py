@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvpolicy.architecture import Architecture, architectures
 from kvpolicy.attention.backends import choose_backend
@@ -155,10 +155,10 @@ def apply(
         _try(model, patch)
     try:
         _change(model, patch, layers, traits)
+        return given  # in here, so that an interrupt that comes right now finds all or nothing
     except BaseException:
         patch.journal.undo()
         raise
-    return given
 
 
 def _try(model: Any, patch: Patch) -> None:
@@ -248,19 +248,12 @@ def _compiler(wanted: bool | str) -> StepCompiler | None:
     return StepCompiler(wanted if isinstance(wanted, str) else "inductor") if wanted else None
 
 
-def _config_of(module: Any) -> PreTrainedConfig | None:
-    config = module.__dict__.get("config")
-    return config if isinstance(config, PreTrainedConfig) else None
-
-
 def _change(model: PreTrainedModel, patch: Patch, layers: list[Any], traits: TraitHook | None) -> None:
     """The changes, all of them, each through the journal. What a model sees with beside its text stays as it is."""
     journal, policy, decoder = patch.journal, patch.policy, decoder_of(model, patch.architecture)
     name = register(patch.previous)
     journal.set(model, ATTRIBUTE, patch)
-    journal.own_configs(model)
-    for config in {id(config): config for config in map(_config_of, decoder.modules()) if config is not None}.values():
-        journal.set(config, "_attn_implementation_internal", name)
+    journal.attend_by(model, decoder, name)
     recorded = {"format": FORMAT, "name": policy.name, "digest": policy.digest, "yaml": policy.to_yaml()}
     journal.set(model.config, "kv_policy", recorded)
     if traits is not None:

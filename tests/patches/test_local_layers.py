@@ -129,6 +129,15 @@ def test_a_window_that_the_config_does_not_tell_is_refused():
         model.generate(drawn(1, 5), max_new_tokens=2, do_sample=False)
 
 
+def test_kernels_of_plain_softmax_never_stand_in_for_more():
+    """Where nothing but the call of attention tells of sinks, it is the call that refuses."""
+    model = kvpolicy.apply(random_model("gpt_oss"), "dense")
+    cache = kvpolicy.cache_for(model, prompt=5, max_new_tokens=2)
+    cache.governed[0].backend = "triton"
+    with torch.no_grad(), pytest.raises(ModelError, match="the triton kernels compute plain softmax"):
+        model(drawn(1, 5), past_key_values=cache)
+
+
 def test_what_local_layers_take_is_in_the_plan():
     shape = ModelGeometry.from_config(random_model("gemma2").config)
     plan = make_plan(kvpolicy.load_policy("h2o", set=SIZES), shape, prompt=40, max_new_tokens=40)
