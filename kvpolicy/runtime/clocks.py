@@ -149,8 +149,8 @@ class Clocks:
         return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened, clock.ordinal)]
 
     def reset(self) -> None:
-        self.host_t = 0
-        self.columns = 0  # seen by the model, padding included: what transformers slices its inputs by
+        self.host_t: int = 0
+        self.columns: int = 0  # seen by the model, padding included: what transformers slices its inputs by
         for tensor in (self.t, self.prompt_len, self.position, self.turn_tokens):
             tensor.zero_()
         if self.special is not None:
