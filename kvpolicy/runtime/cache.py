@@ -23,7 +23,6 @@ from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.local_layer import LocalLayer
 from kvpolicy.runtime.moment import Moment, Site
 from kvpolicy.runtime.passes import Passes
-from kvpolicy.runtime.protocol import new_columns
 from kvpolicy.runtime.ranks import ALONE, Ranks, merged
 from kvpolicy.runtime.saved import copied, save_cache
 from kvpolicy.runtime.split import SplitLayer
@@ -97,14 +96,12 @@ class PolicyCache(Passes, Cache):
         """Columns seen, padding included; never tokens kept."""
         return self.clocks.columns
 
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """A policy's layers make their own mask by position; this only tells the mask function how many are new."""
-        return new_columns(query_length), 0
+        return query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
