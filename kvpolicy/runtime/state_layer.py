@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
