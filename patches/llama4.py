@@ -1,4 +1,4 @@
-"""Llama 4: chunked layers with rotation, full layers without, experts. Text alone."""
+"""Llama 4: chunked layers with rotation, full layers without, experts."""
 
 from typing import Any
 

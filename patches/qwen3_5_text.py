@@ -1,4 +1,4 @@
-"""Qwen3.5 without its eyes: three layers of four keep a state in place of tokens, and no policy touches them."""
+"""Qwen3.5 without its vision tower: three layers of four keep a state in place of tokens, and no policy touches them."""
 
 from kvpolicy.architecture import Architecture
 

@@ -46,6 +46,17 @@ SEEING: dict[str, Any] = {
 NEAR = ("sliding_attention", "full_attention")
 STATEFUL = ("linear_attention", "full_attention")
 
+CHUNKED: dict[str, Any] = {
+    "decoder": {
+        "attention_chunk_size": 8,
+        "no_rope_layer_interval": 2,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+    },
+    "kinds": ("chunked_attention", "full_attention"),
+}
+
 OWN: dict[str, dict[str, Any]] = {
     "cohere2": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
     "exaone4": {"decoder": {"sliding_window": 8, "sliding_window_pattern": 2}, "kinds": NEAR},
@@ -71,16 +82,24 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"decoder": {"sliding_window": 8, "query_pre_attn_scalar": 8}, "kinds": NEAR},
     "gpt_oss": {"decoder": {"sliding_window": 8, **EXPERTS}, "kinds": NEAR},
-    "llama4_text": {
-        "decoder": {
-            "attention_chunk_size": 8,
-            "no_rope_layer_interval": 2,
-            "interleave_moe_layer_step": 2,
-            "intermediate_size_mlp": 48,
-            "num_local_experts": 2,
+    "llama4": {
+        **CHUNKED,
+        "vision_config": {  # one token of 4 x 4 pixels, four to a picture
+            "hidden_size": 16,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 2,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "vision_output_dim": 16,
         },
-        "kinds": ("chunked_attention", "full_attention"),
+        "image_token_index": 94,
+        "boi_token_index": 95,
+        "eoi_token_index": 96,
     },
+    "llama4_text": CHUNKED,
     "ministral": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
     "olmo3": {"decoder": {"sliding_window": 8}, "kinds": NEAR},
     "cohere": {"decoder": {"logit_scale": 1.0, "use_qk_norm": True}},
@@ -160,6 +179,8 @@ OWN: dict[str, dict[str, Any]] = {
         "vision_end_token_id": 96,
     },
     "qwen2_moe": {"decoder": SHARED},
+    "qwen3_5": {"decoder": {**LINEAR, "rope_parameters": SECTIONS}, "kinds": STATEFUL, **SEEING},
+    "qwen3_5_moe": {"decoder": {**LINEAR, **SHARED, "rope_parameters": SECTIONS}, "kinds": STATEFUL, **SEEING},
     "qwen3_5_moe_text": {"decoder": {**LINEAR, **SHARED}, "kinds": STATEFUL},
     "qwen3_5_text": {"decoder": LINEAR, "kinds": STATEFUL},
     "qwen3_next": {"decoder": {**LINEAR, **SHARED}, "kinds": STATEFUL},

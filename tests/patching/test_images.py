@@ -74,9 +74,10 @@ def test_a_live_model_keeps_what_the_oracle_keeps(seeing):
     assert live.cache.bytes == live.cache.plan.bytes
 
 
-def test_a_model_whose_decoder_is_anothers(greedy):
-    """LLaVA: pictures by ids alone."""
-    model, random = random_model("llava"), torch.Generator().manual_seed(5)
+@pytest.mark.parametrize("family", ["llava", "llama4"])
+def test_a_model_whose_decoder_is_anothers(greedy, family):
+    """Pictures by ids alone."""
+    model, random = random_model(family), torch.Generator().manual_seed(5)
     ids = torch.randint(2, 90, (2, 15), generator=random)
     ids[:, 3:7] = IMAGE
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, generator=random)}
@@ -95,8 +96,11 @@ def test_a_model_whose_decoder_is_anothers(greedy):
     assert torch.equal(lean, out.sequences)
 
 
-@pytest.mark.parametrize("compile", [None, "eager"])
-def test_room_for_everything_is_the_unpatched_model(seeing, compile):
+@pytest.mark.parametrize(
+    ("family", "compile"), [("qwen2_5_vl", None), ("qwen2_5_vl", "eager"), ("qwen3_vl", None), ("qwen3_5", None)]
+)
+def test_room_for_everything_is_the_unpatched_model(family, compile):
+    seeing = random_model(family)
     expected = seeing.generate(**said(), **GREEDY, max_new_tokens=64)
     apply(seeing, policy("budget: 100, scorer: {signal: attention, queries: all}, update: prompt-end"), compile=compile)
     got = seeing.generate(**said(), **GREEDY, max_new_tokens=64)
@@ -104,7 +108,8 @@ def test_room_for_everything_is_the_unpatched_model(seeing, compile):
     for one, other in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     pools = got.past_key_values.stats()["pools"]
-    assert (pools["images"]["seen"], pools["images"]["evicted"]) == ((6 + 8) * 3 * 2, 0)
+    heads = len(got.past_key_values.governed) * 2
+    assert (pools["images"]["seen"], pools["images"]["evicted"]) == ((6 + 8) * heads, 0)
     remove(seeing)
     again = seeing.generate(**said(), **GREEDY, max_new_tokens=64)
     assert all(torch.equal(one, other) for one, other in zip(again.logits, expected.logits, strict=True))
