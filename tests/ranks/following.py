@@ -17,7 +17,7 @@ from transformers.utils import logging
 import kvpolicy
 from kvpolicy.attention import Formula, Rotation
 from kvpolicy.cli.main import main
-from kvpolicy.errors import KvpolicyError
+from kvpolicy.errors import KvpolicyError, ModelError
 from kvpolicy.language import Policy, loads_policy
 from kvpolicy.models.load import sharding
 from kvpolicy.patching import cache_for, compile_report, patch_of
@@ -142,14 +142,18 @@ def command(arguments):
 
 
 def follow_family(path, policy):
-    """``follow``, of a sharded model of another family; None where transformers itself cannot run it sharded."""
+    """``follow``, of a sharded model of another family; None where transformers itself cannot run it sharded, and where
+    kvpolicy refuses it, why."""
     ready = sharded(path)
     try:
         with torch.no_grad():
             ready(prompts()[0])
     except RuntimeError:
         return None
-    return follow(ready, policy)
+    try:
+        return follow(ready, policy)
+    except ModelError as fault:
+        return {"refused": str(fault)}
 
 
 def sharded(path):
