@@ -29,7 +29,7 @@ class Row:
         task, size, seed, number: which item it is. prompt: a digest of the token ids that the model read.
         limit: new tokens at the most.
         right: for each answer asked for, whether it was given. Empty where nothing is scored.
-        about: where in the prompt stands what each answer needs, 0 to 1; for text that is measured and not scored, empty.
+        about: where in the prompt stands what each answer needs, 0 to 1; empty where nothing is scored.
         output: what was written; for text that was only read, empty.
         prompt_tokens, new_tokens: read, and written (or read under teacher forcing).
         truncated: the limit ended it before it had said something of all that it was asked for.

@@ -93,6 +93,10 @@ class Task(ABC):
         """Whether the output says something, right or wrong, of all that it was asked for."""
         return set(item.names) <= set(self.said(item, self.spoken(output, cut)))
 
+    def period(self, item: Item) -> int:
+        """Words after which a right output says the same again; 0: it never does. Any other period is a loop."""
+        return 0
+
     def spoken(self, output: str, cut: bool) -> str:
         """The part of an output that is graded: after any thinking aloud, and without a last word that may be half."""
         text = output.rpartition(THOUGHT)[2]
