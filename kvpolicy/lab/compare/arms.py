@@ -92,15 +92,14 @@ def _bound(arm: Arm, geometry: ModelGeometry, prompt: int, max_new_tokens: int) 
     own = arm.policy.bind(**arm.given) if arm.given else arm.policy
     if arm.budget is not None and arm.budget >= prompt + max_new_tokens - 1:
         raise UsageError(
-            f"a budget of {arm.budget:,} tokens holds all of a text of {prompt:,} and {max_new_tokens:,} new ones: nothing "
-            "would be evicted; give a smaller one with --budgets, or longer texts with --size"
+            f"a budget of {arm.budget:,} tokens holds all of a text of {prompt:,} and {max_new_tokens:,} new ones: "
+            "nothing would be evicted; give a smaller one with --budgets, or longer texts with --size"
         )
-    if arm.budget is not None and "budget" in own.params and "budget" not in arm.given:
-        plan = make_plan(own, geometry, **lengths)
-        if selects(plan):
-            chosen = own.bind(budget=str(arm.budget))
-            plan = make_plan(chosen, geometry, **lengths)
-            return Bound(arm, chosen, {**arm.given, "budget": str(arm.budget)}, held_by(plan), plan)
+    free = arm.budget is not None and "budget" in own.params and "budget" not in arm.given
+    if free and selects(make_plan(own, geometry, **lengths)):
+        chosen = own.bind(budget=str(arm.budget))
+        plan = make_plan(chosen, geometry, **lengths)
+        return Bound(arm, chosen, {**arm.given, "budget": str(arm.budget)}, held_by(plan), plan)
     found = with_budget(arm.policy, arm.budget, geometry, given=arm.given, **lengths)
     return Bound(arm, found.policy, found.settings, found.held, found.plan)
 

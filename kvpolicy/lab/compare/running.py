@@ -198,6 +198,7 @@ class Run:
             right=task.grade(item, output, cut=cut),
             output=output,
             new_tokens=len(tokens),
+            cut=cut,
             truncated=cut and not task.finished(item, output, cut=cut),
             looped=loop(output.split(), allowed=task.period(item)) > 0,
             evicted=counts[0],
