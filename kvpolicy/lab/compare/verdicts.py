@@ -73,7 +73,7 @@ def _ends(entries: Sequence[Entry], what: str, count: Callable[[Entry], int]) ->
     full = entries[0]
     if count(full):
         yield f"{full.task}: {count(full)} of {full.items} outputs of the full cache were {what}"
-    for label in dict.fromkeys(entry.label for entry in entries[1:]):
+    for label in dict.fromkeys(entry.label for entry in entries[1:] if entry.label not in controls()):
         more = [entry for entry in entries if entry.label == label and count(entry) > count(full)]
         if more:
             told = ", ".join(
