@@ -15,10 +15,10 @@ BEST = "◆"
 """Marks an arm on the Pareto front."""
 
 NOTES = (
-    f"right: percent of the answers asked for; 95 %: where the true share lies, items drawn; {BEST}: no arm here has as "
-    "small a cache and as high a score",
-    "against full: right minus the full cache's, the mean over items; p: by swapping signs, with Holm's correction over "
-    "the table; late half: right among the answers asked for last",
+    f"right: percent of the answers asked for; 95 %: where the true share lies, items drawn; {BEST}: no arm here has "
+    "as small a cache and as high a score",
+    "against full: right minus the full cache's, the mean over items; p: by swapping signs, with Holm's correction "
+    "over the table; late half: right among the answers asked for last",
 )
 
 
