@@ -64,8 +64,8 @@ def _table(entries: Sequence[Entry]) -> str:
 def _figure(panel: Panel) -> str:
     """The drawing with its axes; the words are HTML, so that they stay readable however small the drawing."""
     y = "".join(
-        f'<span{_end(number, 4)} style="top:{100 * _y(share) / HIGH:.1f}%">{100 * share:.0f} %</span>'
-        for number, share in enumerate((1, 0.75, 0.5, 0.25, 0))
+        f'<span style="top:{100 * _y(share) / HIGH:.1f}%">{100 * share:.0f} %</span>'
+        for share in (1, 0.75, 0.5, 0.25, 0)
     )
     x = "".join(
         f'<span style="left:{100 * _x(place, panel) / WIDE:.1f}%">{budget:,}</span>'
@@ -81,10 +81,6 @@ def _figure(panel: Panel) -> str:
 <div class="x">{x}</div></div>
 </figure>
 """
-
-
-def _end(number: int, last: int) -> str:
-    return ' class="first"' if number == 0 else ' class="last"' if number == last else ""
 
 
 def _key(curve: Curve) -> str:

@@ -166,7 +166,7 @@ class Run:
             number=item.number,
             prompt=question.digest,
             limit=cell.limit,
-            about=item.about,
+            about=tuple(round(place, 4) for place in item.about),
             prompt_tokens=len(question.ids),
             versions=versions(),
         )
