@@ -131,7 +131,7 @@ class Run:
 
     def reads(self, task: Task) -> bool:
         """Whether the model has tokens for the words of a task."""
-        return self._knows(self._ids(task.make(1, self.options.seed, self.options.size)[0]))
+        return self._knows(self._ids(task.make(1, self.options.seed)[0]))
 
     def _ids(self, item: Item) -> Tensor:
         return encode(self.tokenizer, Request(item.prompt, chat=self.options.chat))[0]
