@@ -75,7 +75,7 @@ def run(
     new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Of an output; by default enough for the task.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Prompts that are run at once.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Prompts that are run at once.")] = 16,
     settings: Settings = None,
     save: Annotated[
         Path | None,

@@ -38,7 +38,7 @@ class Options:
     seed: int = 0
     size: int | None = None
     new_tokens: int | None = None
-    batch: int = 8
+    batch: int = 16
     chat: bool | None = None
     compile: bool = False
     generic: bool = False
