@@ -50,7 +50,7 @@ def attention(seed: int, heads: int = 3, length: int = 90) -> np.ndarray:
 def slowly(weights: np.ndarray, rules: Rules) -> dict[str, np.ndarray]:
     """What is to be noted, from the whole map, token by token."""
     heads, length, _ = weights.shape
-    said = {name: np.zeros((heads, length)) for name in ("looks", "last", "gap", "wakes", "woke", "new", "old")}
+    said = {name: np.zeros((heads, length)) for name in ("looks", "last", "gap", "wakes", "woke", "paid", "new", "old")}
     for head in range(heads):
         for token in range(length):
             last = max(token + rules.local - 1, rules.begin - 1)
@@ -58,9 +58,11 @@ def slowly(weights: np.ndarray, rules: Rules) -> dict[str, np.ndarray]:
             for query in range(token, length):
                 weight = weights[head, query, token]
                 if query - token < rules.local:
-                    said["new"][head, token] += weight
+                    said["paid"][head, token] += weight
+                if query >= rules.begin:
+                    said["new" if query - token < rules.local else "old"][head, token] += weight
+                if query - token < rules.local:
                     continue
-                said["old"][head, token] += weight
                 middle = weights[head, query, rules.first : query - rules.local + 1]
                 if query < rules.begin or weight < max(rules.least, rules.times * middle.sum() / len(middle)):
                     continue
@@ -84,9 +86,10 @@ def test_what_is_noted_is_what_the_whole_map_says(steps: tuple[int, ...]) -> Non
     assert (expected["wakes"] > 0).any()
     for name in ("looks", "last", "gap", "wakes", "woke"):
         np.testing.assert_array_equal(getattr(notes, name), expected[name], err_msg=name)
-    np.testing.assert_allclose(notes.new_mass, expected["new"], atol=1e-12)
-    np.testing.assert_allclose(notes.old_mass, expected["old"], atol=1e-12)
-    np.testing.assert_allclose((notes.new_mass + notes.old_mass).sum(axis=1), 90)
+    for name in ("paid", "new", "old"):
+        given = getattr(notes, name if name == "paid" else f"{name}_mass")
+        np.testing.assert_allclose(given, expected[name], atol=1e-12, err_msg=name)
+    np.testing.assert_allclose((notes.new_mass + notes.old_mass).sum(axis=1), 90 - SMALL.begin)
 
 
 def test_rows_are_the_softmax_of_products_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def sort(notes: Notes, rules: Rules) -> Sorted:
         Kind.PHOENIX: notes.wakes > 0,
         Kind.HEAVY_HITTER: looked & mostly & alive,
         Kind.MILESTONE: looked,
-        Kind.LOCAL: notes.new_mass >= rules.new,
+        Kind.LOCAL: notes.paid >= rules.new,
     }
     kind = np.select(list(conditions.values()), list(conditions), default=Kind.LAZY).astype(np.int8)
     last = np.where(looked, notes.last, token + rules.local - 1)

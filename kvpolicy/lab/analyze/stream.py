@@ -29,7 +29,8 @@ class Notes:
         looks: queries that looked at it. last: the newest of them, or the last to which it was new.
         gap: most queries in a row that did not look, before one that did. wakes: how many gaps were a silence.
         woke: the query that ended the latest silence, -1 if there was none.
-        new_mass: attention that those to whom it was new paid it. old_mass: that others did.
+        paid: attention that those to whom it was new paid it.
+        new_mass: of it, what queries paid that are read. old_mass: what those paid to whom it was not new.
     """
 
     looks: Array
@@ -37,6 +38,7 @@ class Notes:
     gap: Array
     wakes: Array
     woke: Array
+    paid: Array
     new_mass: Array
     old_mass: Array
 
@@ -54,7 +56,7 @@ class Stream:
         self._room = 0
         whole = np.zeros((heads, 0), dtype=np.int32)
         mass = np.zeros((heads, 0))
-        self._notes = Notes(whole, whole, whole, whole, whole, mass, mass)
+        self._notes = Notes(whole, whole, whole, whole, whole, mass, mass, mass)
 
     def see(self, weights: Tensor | Array) -> None:
         """The next rows of attention.
@@ -77,21 +79,21 @@ class Stream:
         begun = max(0, first - rules.local + 1)  # no older token is new to any of these queries
         fresh = query[:, None] - torch.arange(begun, said, device=rows.device) < rules.local
         new_part = rows[:, :, begun:] * fresh
-        new_mass = new_part.sum(1)
-        total = rows.sum(1)
+        notes.paid[:, begun:said] += _numpy(new_part.sum(1))
+        early = min(new, max(0, rules.begin - first))
+        if early == new:
+            return
+        new_mass = new_part[:, early:].sum(1)
         notes.new_mass[:, begun:said] += _numpy(new_mass)
-        notes.old_mass[:, :said] += _numpy(total)
+        notes.old_mass[:, :said] += _numpy(rows[:, early:].sum(1))
         notes.old_mass[:, begun:said] -= _numpy(new_mass)
 
         middle = query - rules.local + 1 - rules.first
-        late = query >= rules.begin
-        if not bool(late.any()):
-            return
         mass = rows[:, :, rules.first :].sum(-1) - new_part[:, :, max(0, rules.first - begun) :].sum(-1)
         least = (rules.times * mass / middle.clamp(min=1)).clamp(min=rules.least)
         looks = rows >= least[:, :, None]
         looks[:, :, begun:] &= ~fresh
-        looks[:, ~late] = False
+        looks[:, :early] = False
         head, row, token = (_numpy(place) for place in looks.nonzero(as_tuple=True))
         self._note(head, row + first, token)
 
