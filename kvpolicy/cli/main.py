@@ -27,6 +27,7 @@ VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported wh
     "test",
     "new",
     "trace",
+    "analyze",
     "list",
     "schema",
     "env",

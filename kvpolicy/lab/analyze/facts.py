@@ -99,7 +99,7 @@ def _in_use(looked: Array, last: Array, prompt: int, local: int) -> Array:
     """[L, H]"""
     layers, heads, length = looked.shape
     change = np.zeros((layers, heads, length + 1), dtype=int)
-    for begin in range(prompt, length):
+    for begin in range(prompt, length - local):
         here = looked[:, :, begin]
         stop = np.where(here, last[:, :, begin] + 1, 0)
         layer, head = np.nonzero(here & (stop > begin + local))

@@ -6,6 +6,7 @@ the text. Any other head is named after the class that takes most of the rest, o
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -181,6 +182,17 @@ def _correlation(shares: Array) -> float:
         return float("nan")
     table = np.corrcoef(shares)
     return float(np.mean(table[np.triu_indices(len(shares), 1)]))
+
+
+def versions() -> dict[str, str]:
+    """Of what an analysis depends on."""
+    import torch
+    import transformers
+
+    import kvpolicy
+
+    told = {"kvpolicy": kvpolicy.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return told | {"python": platform.python_version()}
 
 
 def to_dict(analysis: Analysis) -> dict[str, Any]:
