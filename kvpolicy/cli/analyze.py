@@ -136,14 +136,17 @@ def _read(
     from kvpolicy.lab.analyze.facts import facts
     from kvpolicy.lab.analyze.reading import read
     from kvpolicy.lab.analyze.summary import Analysis, versions
+    from kvpolicy.lab.recording import layers_of
+    from kvpolicy.plan import ModelGeometry
 
-    found, known = [], tuple(layers)
+    governed = layers_of(model, ())
+    known, group = layers_of(model, layers), ModelGeometry.from_config(model.base_model.config).group
+    found = []
     for number, text in enumerate(passages, 1):
         with progress(f"reading {number} of {len(passages)}") as tell:
-            tokens = read(model, text, rules, layers, tell)
-        known = tuple(tokens)
-        found.append(facts(text.name, text.prompt, tokens, rules.local))
-    return Analysis(name, rules, known, tuple(found), time.perf_counter() - begun, versions())
+            tokens = read(model, text, rules, known, tell)
+        found.append(facts(text.name, text.prompt, tokens, rules.local, group))
+    return Analysis(name, rules, known, governed, tuple(found), time.perf_counter() - begun, versions())
 
 
 @contextmanager

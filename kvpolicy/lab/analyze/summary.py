@@ -42,11 +42,13 @@ class Shares:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What texts say about a model. ``layers`` are the numbers of those that were read."""
+    """What texts say about a model. ``layers`` are the numbers of those that were read, ``governed`` of all that a
+    policy numbers from 0."""
 
     model: str
     rules: Rules
     layers: tuple[int, ...]
+    governed: tuple[int, ...]
     texts: tuple[Facts, ...]
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
