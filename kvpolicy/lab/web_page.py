@@ -106,7 +106,7 @@ def _section(simulation: Simulation, name: str, all_of_them: Sequence[Simulation
 
 def _chart(caption: str, drawn: str, ticks: Sequence[object], course: Course, tokens: bool = False) -> str:
     """A drawing with its axes; the words are HTML, so that they stay readable however small the drawing."""
-    y = "".join(tick("top", number / (len(ticks) - 1), str(tick)) for number, tick in enumerate(ticks))
+    y = "".join(tick("top", number / (len(ticks) - 1), str(mark)) for number, mark in enumerate(ticks))
     x = "".join(
         tick("left", number / 2, f"t = {course.t[round(number / 2 * (len(course.t) - 1))]}") for number in range(3)
     )

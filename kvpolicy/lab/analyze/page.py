@@ -20,12 +20,12 @@ STYLE = """section { display: block; grid-row: auto; }
 .plot { cursor: default; }
 .plot rect { stroke: none; }
 .curve { fill: none; stroke-width: 2.5; }
-td, th { white-space: nowrap; }
+td { white-space: nowrap; }
 .wide { overflow-x: auto; }
 """
 
-ROW = 26
-"""Units of a layer's height in the drawings."""
+HIGH = 640
+"""Units of the height of a drawing of many layers."""
 
 BINS = 24
 
@@ -48,8 +48,8 @@ def page(analysis: Analysis) -> str:
 <header>
 <h1>{escape(title)}</h1>
 <p>Read: {escape(read)}.</p>
-<p class="faint">A token is new to the {analysis.rules.local} queries from its own on. Milestones are looked at later, for
-a while; phoenixes after at least {analysis.rules.silence} queries in a row did not; heavy hitters by most queries.</p>
+<p class="faint">A token is new to the {analysis.rules.local} queries from its own on. Milestones are looked at later,
+for a while; phoenixes after at least {analysis.rules.silence} queries in a row did not; heavy hitters by most.</p>
 <ul class="legend">
 {"".join(_legend())}</ul>
 </header>
@@ -80,25 +80,29 @@ def _heads(analysis: Analysis) -> str:
     """Every head as a box, filled by where its attention goes."""
     attention, kinds = analysis.attention(), analysis.head_kinds()
     layers, heads = kinds.shape
-    wide, boxes = WIDE / heads, []
+    wide, row, boxes = WIDE / heads, _row(layers), []
     for layer, head in np.ndindex(layers, heads):
         said = ", ".join(f"{name} {share:.0%}" for name, share in zip(PARTS, attention[layer, head], strict=True))
         name = f"layer {analysis.layers[layer]}, head {head}: {HEAD_KINDS[kinds[layer, head]]}; {said}"
-        filled = _bar(attention[layer, head], head * wide + 2, wide - 4, layer * ROW + 2, ROW - 4)
+        filled = _bar(attention[layer, head], head * wide + 2, wide - 4, layer * row + 2, row - 4)
         boxes.append(f"<g><title>{escape(name)}</title>{filled}</g>")
     drawn = svg("Where the attention of every head goes: layers from top to bottom, heads from left to right",
-                layers * ROW, "".join(boxes))  # fmt: skip
+                round(layers * row), "".join(boxes))  # fmt: skip
     marks = [tick("left", (head + 0.5) / heads, f"head {head}") for head in (0, heads - 1)]
     return _chart("Where each head’s attention goes: a box is a head", drawn, _layer_ticks(analysis), marks)
+
+
+def _row(layers: int) -> float:
+    """Units of a layer's height."""
+    return min(70.0, max(22.0, HIGH / layers))
 
 
 def _layers(analysis: Analysis) -> str:
     """Every layer as a bar: the classes of its tokens."""
     shares = analysis.layer_shares().value
-    bars = "".join(
-        _bar(row, 0, WIDE, index * ROW + 2, ROW - 4, [kind.word for kind in JUDGED]) for index, row in enumerate(shares)
-    )
-    drawn = svg("Shares of each layer's tokens by class", len(shares) * ROW, bars)
+    row, names = _row(len(shares)), [kind.word for kind in JUDGED]
+    bars = "".join(_bar(layer, 0, WIDE, at * row + 2, row - 4, names) for at, layer in enumerate(shares))
+    drawn = svg("Shares of each layer's tokens by class", round(len(shares) * row), bars)
     marks = [tick("left", share, f"{share:.0%}") for share in (0, 0.5, 1)]
     return _chart("Tokens by class, in each layer", drawn, _layer_ticks(analysis), marks)
 
@@ -108,9 +112,8 @@ def _bar(shares: Array, left: float, wide: float, top: float, high: float, names
     parts = []
     for name, share in zip(names, shares, strict=True):
         if share * wide >= 0.3:
-            parts.append(
-                f'<rect x="{left:.1f}" y="{top:g}" width="{share * wide:.1f}" height="{high:g}" fill="{CLASSES[name]}"/>'
-            )
+            place = f'x="{left:.1f}" y="{top:g}" width="{share * wide:.1f}" height="{high:g}"'
+            parts.append(f'<rect {place} fill="{CLASSES[name]}"/>')
         left += share * wide
     return "".join(parts)
 
@@ -136,7 +139,7 @@ def _lives(analysis: Analysis) -> str:
                     points += f"H{WIDE * at / most:.1f}V{_height(share):.1f}"
                     level = share
             curves.append(
-                f'<path class="curve" stroke="{CLASSES["milestone"]}" stroke-dasharray="{dash}" d="{points}H{WIDE}"/>'
+                f'<path class="curve" stroke="{CLASSES["milestone"]}" stroke-dasharray="{dash}" d="{points}H{WIDE * times[-1] / most:.1f}"/>'
             )
     lines = "".join(
         f'<line class="grid" x1="0" x2="{WIDE}" y1="{y}" y2="{y}"/>' for y in (LOW / 4, LOW / 2, LOW * 0.75)
@@ -179,9 +182,10 @@ def _silences(analysis: Analysis) -> str:
 
 def _table(analysis: Analysis) -> str:
     shares, prompt = analysis.shares(), analysis.in_prompt()
+    inside = [f"{prompt.value[number]:.0%}" if shares.value[number] else "" for number in range(len(JUDGED))]
     rows = "".join(
         f"<tr><td>{kind.word}</td><td>{shares.value[number]:.2%}</td><td>{shares.low[number]:.2%} – "
-        f"{shares.high[number]:.2%}</td><td>{prompt.value[number]:.0%}</td></tr>"
+        f"{shares.high[number]:.2%}</td><td>{inside[number]}</td></tr>"
         for number, kind in enumerate(JUDGED)
     )
     head = "<tr><th>class</th><th>of tokens</th><th>95 % interval</th><th>in the prompt</th></tr>"

@@ -31,7 +31,8 @@ def picture(analysis: Analysis) -> bytes:
     tall = max(1.8, 0.16 * layers)
     figure = Figure(figsize=(11, tall + 4), dpi=DPI, layout="constrained")
     tokens = sum(text.length for text in analysis.texts)
-    figure.suptitle(f"{analysis.model}: attention over {tokens:,} tokens of {len(analysis.texts)} text(s)", fontsize=11)
+    several = f" of {len(analysis.texts)} texts" if len(analysis.texts) > 1 else ""
+    figure.suptitle(f"{analysis.model}: attention over {tokens:,} tokens{several}", fontsize=11)
     grid = figure.subplots(2, 2, gridspec_kw={"height_ratios": (tall, 2.2)})
     _heads(grid[0, 0], analysis)
     _layers(grid[0, 1], analysis)
@@ -56,6 +57,7 @@ def _heads(axes: Axes, analysis: Analysis) -> None:
         axes.barh(row.ravel(), wide.ravel(), left=left.ravel(), height=0.8, color=CLASSES[name])
         left += wide
     axes.set_xticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
+    axes.set_xlim(0, heads)
     axes.set_xlabel("head", fontsize=9)
     axes.set_title("where each head's attention goes", fontsize=10, loc="left")
     _of_layers(axes, analysis)
