@@ -48,6 +48,7 @@ def _classes(analysis: Analysis) -> Iterator[list[str]]:
             paid,
             f"{prompt.value[number]:.0%}" if counts[number] else "",
         ]
+    yield ["all", "", "", "", f"{analysis.prompt_share():.0%}"]
 
 
 def _layers(analysis: Analysis) -> Iterator[list[str]]:

@@ -138,9 +138,8 @@ def _lives(analysis: Analysis) -> str:
                 if share != level:
                     points += f"H{WIDE * at / most:.1f}V{_height(share):.1f}"
                     level = share
-            curves.append(
-                f'<path class="curve" stroke="{CLASSES["milestone"]}" stroke-dasharray="{dash}" d="{points}H{WIDE * times[-1] / most:.1f}"/>'
-            )
+            stroke = f'stroke="{CLASSES["milestone"]}" stroke-dasharray="{dash}"'
+            curves.append(f'<path class="curve" {stroke} d="{points}H{WIDE * times[-1] / most:.1f}"/>')
     lines = "".join(
         f'<line class="grid" x1="0" x2="{WIDE}" y1="{y}" y2="{y}"/>' for y in (LOW / 4, LOW / 2, LOW * 0.75)
     )
@@ -188,6 +187,7 @@ def _table(analysis: Analysis) -> str:
         f"{shares.high[number]:.2%}</td><td>{inside[number]}</td></tr>"
         for number, kind in enumerate(JUDGED)
     )
+    rows += f"<tr><td>all</td><td></td><td></td><td>{analysis.prompt_share():.0%}</td></tr>"
     head = "<tr><th>class</th><th>of tokens</th><th>95 % interval</th><th>in the prompt</th></tr>"
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 

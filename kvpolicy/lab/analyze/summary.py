@@ -81,6 +81,10 @@ class Analysis:
         found = intervals(pairs)
         return Shares(*(getattr(found, name)[:, PROMPT] for name in ("value", "low", "high")))
 
+    def prompt_share(self) -> float:
+        """Of all judged tokens, the share that lies in the prompt: what a class would show that minds no place."""
+        return float(self.counts[:, :, :, PROMPT].sum() / max(1, self.counts.sum()))
+
     def attention(self) -> Array:
         """Shares that go to ``PARTS``, texts weighing alike [L, H, 6]."""
         mean: Array = np.mean([text.attention for text in self.texts], axis=0)
@@ -216,6 +220,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
         "texts": [{"name": text.name, "prompt": text.prompt, "tokens": text.length} for text in analysis.texts],
         "intervals": {"level": LEVEL, "over": analysis.basis},
         "classes": classes,
+        "in_prompt": round(analysis.prompt_share(), 6),
         "attention": _named_parts(analysis.attention().mean((0, 1))),
         "milestones": {
             "count": len(life),
