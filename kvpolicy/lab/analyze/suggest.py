@@ -237,16 +237,19 @@ def _overrides(derived: Derived) -> Iterator[str]:
         2,
     )
     yield f"  - layers: [{listed}]"
-    yield "    pools: {generated: {budget: min(budget, 2 * window)}}"
+    yield '    pools: {generated: {budget: "min(budget, 2 * window)"}}'
 
 
 def _tests(derived: Derived) -> Iterator[str]:
-    """One claim, at a small size: the milestone is at a place that no page or window saves."""
+    """One claim, at a small size, in as many layers as ``overrides`` name."""
+    layers = 1 + max((1, *derived.lazy_layers))
     yield ""
     yield "tests:"
     yield "  - name: a milestone among generated tokens stays while it is looked at, and its neighbours leave"
     yield "    set: {budget: 48, window: 8, every: 1}"
-    yield "    attention: {pattern: milestone, prompt: 24, steps: 120, at: 40, until: 120, noise: 0}"
+    yield "    attention:"
+    yield "      {pattern: milestone, prompt: 24, steps: 120, at: 40, until: 120, noise: 0, heads: 1, kv_heads: 1,"
+    yield f"      layers: {layers}}}"
     yield "    expect:"
     yield "      - {keeps: 40, until: 120}"
     yield "      - {evicts: 38, by: 120}"
