@@ -34,7 +34,7 @@ class Series:
     count: places of each block. sums: of each measure over a block: ``kl``, KL(full cache || policy) in nats; ``top1``,
     whether both put the same token first; ``nll`` and ``full_nll``, the negative log likelihood of the text's token
     under the policy and under the full cache, in nats.
-    evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: of the cache, this row's.
+    evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of the cache.
     """
 
     number: int
