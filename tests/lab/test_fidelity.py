@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def forced(name: str, batch: int = 4, **params: Any) -> list[Series]:
 
 
 def test_ids_are_those_of_the_whole_text() -> None:
-    model, tokenizer = tiny()
+    tokenizer = tiny()[1]
     problem = make_problem(0)
     text = force_ids(tokenizer, Text(0, problem.prompt, " red owl tin", "here"), most=2)
     assert tokenizer.decode(text.output) == "red owl"
@@ -65,9 +66,7 @@ def test_what_is_kept_of_the_full_cache_gives_its_logits() -> None:
 
 def test_a_model_that_does_more_after_its_last_layer_is_refused() -> None:
     model = tiny()[0]
-    handle = model.register_forward_hook(
-        lambda module, args, output: output.update(logits=output.logits + output.logits)
-    )
+    handle = model.register_forward_hook(lambda module, args, output: SimpleNamespace(logits=2 * output.logits))
     try:
         with pytest.raises(ModelError, match="does more after its last layer"):
             Head(model).check(model, texts()[0].ids)
@@ -106,7 +105,7 @@ def test_a_policy_decides_at_every_step_of_the_output() -> None:
 
 @pytest.mark.parametrize("name", ["scope-slide", "random"])
 def test_batches_change_nothing(name: str) -> None:
-    sizes = {"scope-slide": {"alpha": 24, "alpha2": 4, "beta1": 6, "beta2": 6}, "random": {"budget": 16}}[name]
+    sizes = {"scope-slide": {"alpha": 24, "alpha2": 4, "beta1": 6, "beta2": 6}, "random": {"budget": 60}}[name]
     alone, together, in_pairs = (forced(name, batch, **sizes) for batch in (1, 4, 3))
     for one, four, three in zip(alone, together, in_pairs, strict=True):
         assert one.evicted == four.evicted == three.evicted > 0
@@ -139,7 +138,7 @@ def test_the_mean_is_over_places_and_equal_ones_leave_no_doubt() -> None:
 
 
 def test_intervals_hold_the_true_mean_about_as_often_as_they_say() -> None:
-    """Texts differ, and so do places within them: 95 % intervals of 20 texts cover the mean in 85 to 100 % of trials."""
+    """Texts differ, and so do places within them: the mean is covered in at least 85 % of trials."""
     rng, covered, trials = np.random.default_rng(1), 0, 60
     for trial in range(trials):
         drawn = [list(rng.normal(1 + shift, 1, size=80)) for shift in rng.normal(0, 0.3, size=20)]

@@ -96,8 +96,8 @@ def curve(blocks: Blocks, measure: str, *, points: int = 10, seed: int = 0) -> l
 
 
 def summary(blocks: Blocks, *, points: int = 10) -> dict[str, Any]:
-    """What a report says of one arm: ``kl`` (nats), ``top1``, ``perplexity`` and ``full_perplexity``, and the ``curves``
-    of KL and top-1 by place."""
+    """What a report says of one arm: ``kl`` (nats), ``top1``, ``perplexity``, ``full_perplexity``, and by place the
+    ``curves`` of KL and top-1."""
     said = {name: estimate(blocks, name).to_dict() for name in ("kl", "top1")}
     for name, measure in (("perplexity", "nll"), ("full_perplexity", "full_nll")):
         said[name] = estimate(blocks, measure).mapped(math.exp).to_dict()
