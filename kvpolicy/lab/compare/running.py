@@ -97,7 +97,8 @@ class Run:
         for task in tasks:
             for cell in self._cells(task, arms):
                 old = {question.item.number: known.get(self._row(cell, question).key) for question in cell.questions}
-                self.rows += [row for row in old.values() if row is not None]
+                named = {"label": cell.bound.arm.label, "settings": dict(cell.bound.settings)}
+                self.rows += [replace(row, **named) for row in old.values() if row is not None]
                 left = [question for question in cell.questions if old[question.item.number] is None]
                 cells += [replace(cell, questions=part) for part in _parts(left, self.options.batch)]
         self.taken_up = len(self.rows)
@@ -128,10 +129,20 @@ class Run:
                 seen.add(key)
                 yield Cell(found, task, questions, limit)
 
-    def _question(self, item: Item) -> Question:
-        ids = encode(self.tokenizer, Request(item.prompt, chat=self.options.chat))[0]
+    def reads(self, task: Task) -> bool:
+        """Whether the model has tokens for the words of a task."""
+        return self._knows(self._ids(task.make(1, self.options.seed, self.options.size)[0]))
+
+    def _ids(self, item: Item) -> Tensor:
+        return encode(self.tokenizer, Request(item.prompt, chat=self.options.chat))[0]
+
+    def _knows(self, ids: Tensor) -> bool:
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        if unknown is not None and unknown in ids:
+        return unknown is None or unknown not in ids
+
+    def _question(self, item: Item) -> Question:
+        ids = self._ids(item)
+        if not self._knows(ids):
             raise UsageError(
                 f"{self.name} has no tokens for the words of the task {item.task}; choose another with --tasks, or "
                 "another model"
@@ -155,7 +166,7 @@ class Run:
             number=item.number,
             prompt=question.digest,
             limit=cell.limit,
-            about=item.about,
+            about=tuple(round(place, 4) for place in item.about),
             prompt_tokens=len(question.ids),
             versions=versions(),
         )

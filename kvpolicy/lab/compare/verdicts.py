@@ -73,13 +73,12 @@ def _ends(entries: Sequence[Entry], what: str, count: Callable[[Entry], int]) ->
     full = entries[0]
     if count(full):
         yield f"{full.task}: {count(full)} of {full.items} outputs of the full cache were {what}"
-    for label in dict.fromkeys(entry.label for entry in entries[1:]):
+    for label in dict.fromkeys(entry.label for entry in entries[1:] if entry.label not in controls()):
         more = [entry for entry in entries if entry.label == label and count(entry) > count(full)]
         if more:
-            told = ", ".join(
-                f"{count(entry)} of {entry.items}" + ("" if entry.budget is None else f" at {entry.budget:,}")
-                for entry in more
-            )
+            counts = ", ".join(str(count(entry)) for entry in more)
+            places = ", ".join(f"{entry.budget:,}" for entry in more if entry.budget is not None)
+            told = f"{counts} of {full.items}" + (f" at {places}" if places else "")
             yield f"{full.task}: {label} has more outputs {what} than the full cache: {told}"
 
 
