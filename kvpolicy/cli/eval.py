@@ -15,7 +15,7 @@ from kvpolicy.language import load_policy
 EPILOG = (
     "Examples: kvpolicy eval raas meta-llama/Llama-3.2-1B-Instruct --budget 1024 -- --tasks gsm8k --limit 100; "
     "kvpolicy eval snapkv builtin:smollm2 --set budget=256 -- --include_path my_tasks --tasks mine --output_path out. "
-    "What follows -- goes to lm-eval as it stands: lm-eval run --help lists it. The full cache: kvpolicy eval dense MODEL."
+    "What follows -- goes to lm-eval as it stands; lm-eval run --help lists it. The full cache: kvpolicy eval dense …"
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -131,6 +133,21 @@ def table(found: Sequence[Entry]) -> list[tuple[str, ...]]:
         shown = ("never evicted", "–", "–", "–", "–") if idle else numbers
         lines.append((entry.label, budget, f"{entry.held:,}", *shown, f"{entry.evicted:,.0f}"))
     return lines
+
+
+def as_csv(found: Sequence[Entry]) -> str:
+    """A line for each arm, measure and part of the output; ``all`` is the whole of it."""
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["policy", "budget", "held", "evicted", "measure", "from", "to", "value", "low", "high"])
+    for entry in found:
+        arm = [entry.label, "" if entry.budget is None else entry.budget, entry.held, f"{entry.evicted:.0f}"]
+        for name in ("kl", "top1", "perplexity", "full_perplexity"):
+            lines.writerow([*arm, name, "all", "all", *entry.said[name].values()])
+        for name, curve in entry.said["curves"].items():
+            for part in curve:
+                lines.writerow([*arm, name, *part.values()])
+    return file.getvalue()
 
 
 def _between(said: dict[str, float], form: str) -> str:
