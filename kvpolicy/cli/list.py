@@ -1,4 +1,4 @@
-"""`kvpolicy list`: the policies, signals, families of models and built-in models, read off the installation."""
+"""`kvpolicy list`: the policies, signals, families of models, built-in models and tasks, read off the installation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Kind(StrEnum):
     signals = "signals"
     models = "models"
     builtins = "builtins"
+    tasks = "tasks"
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More about each.")] = False,
     json: Json = False,
 ) -> None:
-    """List what is installed: policies, signals, the families of models that can be patched, built-in models."""
+    """List what is installed: policies, signals, the families of models that can be patched, built-in models, tasks."""
     more = verbose or json or kind == Kind.models
     found = {each.value: FINDERS[each](more) for each in ([kind] if kind else Kind)}
     if json:
@@ -133,9 +134,17 @@ def builtins(more: bool) -> list[dict[str, Any]]:
     return [{"name": model.name, "summary": model.summary} for model in builtin_models()]
 
 
+def tasks(more: bool) -> list[dict[str, Any]]:
+    """Tasks that `kvpolicy compare` can give a model."""
+    from kvpolicy.lab.tasks.registry import tasks
+
+    return [{"name": name, "summary": task.summary, "words": task.size} for name, task in tasks().items()]
+
+
 FINDERS: dict[Kind, Callable[[bool], list[dict[str, Any]]]] = {
     Kind.policies: policies,
     Kind.signals: signals,
     Kind.models: models,
     Kind.builtins: builtins,
+    Kind.tasks: tasks,
 }

@@ -24,6 +24,8 @@ VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported wh
     "validate",
     "simulate",
     "bench",
+    "eval",
+    "compare",
     "test",
     "new",
     "trace",

@@ -26,31 +26,43 @@ def page(simulations: Sequence[Simulation], title: str) -> str:
     sections = "\n".join(
         _section(simulation, f"s{number}", simulations) for number, simulation in enumerate(simulations)
     )
+    header = f"""<h1>{escape(names)}</h1>
+<p>{escape(title)}</p>
+<p class="faint">{escape(told)} Tokens run from top to bottom, oldest first, and time from left to right. Point at a
+picture, or tap it, to read it.</p>
+<ul class="legend">
+{"".join(_legend(simulations))}</ul>"""
+    after = f"""<div id="tip" role="status" hidden></div>
+<script>
+{part_file("page.js")}</script>"""
+    return document(f"{names}: {title}", header, sections, after=after)
+
+
+def document(title: str, header: str, main: str, *, style: str = "", after: str = "") -> str:
+    """One self-contained page.
+
+    Args:
+        title: plain text. header, main, after: HTML, whatever came from outside escaped; ``after`` follows the rest.
+        style: CSS that is added to that of all pages.
+    """
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(names)}: {escape(title)}</title>
+<title>{escape(title)}</title>
 <style>
-{part_file("page.css")}</style>
+{part_file("page.css")}{style}</style>
 </head>
 <body>
 <header>
-<h1>{escape(names)}</h1>
-<p>{escape(title)}</p>
-<p class="faint">{escape(told)} Tokens run from top to bottom, oldest first, and time from left to right. Point at a
-picture, or tap it, to read it.</p>
-<ul class="legend">
-{"".join(_legend(simulations))}</ul>
+{header}
 </header>
 <main>
-{sections}
+{main}
 </main>
-<div id="tip" role="status" hidden></div>
-<script>
-{part_file("page.js")}</script>
+{after}
 </body>
 </html>
 """

@@ -15,6 +15,15 @@ from kvpolicy.lab.tasks.registry import GROUP, task_named, tasks
 NAMED = [name for name in tasks() if name not in ("passkey", "phrase")]
 """Tasks that ask for several answers under names, in any order."""
 
+DIGESTS = {
+    "copy": "a89ece6fdd3c",
+    "needles": "50952c39414c",
+    "passkey": "5127929153b2",
+    "phrase": "c716dab8ed63",
+    "questions": "13f8771ac5b6",
+    "variables": "8c53dd1436ae",
+}
+
 FORMS = {"questions": "Answer_{0}:\n1 + 1 = 2. The answer is {1}.\n\n"}
 
 
@@ -47,10 +56,7 @@ def test_items_are_equal_on_every_machine(task: Task) -> None:
     """The digest of what was made when this was written: another one makes old rows worthless, and must be meant."""
     made = task.make(3, seed=7)
     digest = hashlib.sha256(repr(made).encode()).hexdigest()[:12]
-    assert digest == {
-        "copy": "a89ece6fdd3c", "needles": "50952c39414c", "passkey": "5127929153b2", "phrase": "c716dab8ed63", "questions": "13f8771ac5b6",
-        "variables": "8c53dd1436ae",
-    }[task.name]  # fmt: skip
+    assert digest == DIGESTS[task.name]
     random.random()
     assert task.make(3, seed=7) == made
     assert task.make(5, seed=7)[:3] == made and task.make(3, seed=8) != made

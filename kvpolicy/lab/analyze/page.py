@@ -12,7 +12,7 @@ from kvpolicy.lab.analyze.rules import JUDGED
 from kvpolicy.lab.analyze.summary import HEAD_KINDS, Analysis, survival
 from kvpolicy.lab.drawing import LOW, WIDE, svg
 from kvpolicy.lab.palette import CLASSES
-from kvpolicy.lab.web_page import POLICY, key, part_file, tick
+from kvpolicy.lab.web_page import document, key, tick
 
 Array = np.ndarray
 
@@ -34,33 +34,16 @@ def page(analysis: Analysis) -> str:
     """The page; the model's and the texts' names are escaped."""
     title = f"What {analysis.model} attends to"
     read = ", ".join(f"{text.name} ({text.prompt:,} + {text.length - text.prompt:,} tokens)" for text in analysis.texts)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>
-{part_file("page.css")}{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
+    header = f"""<h1>{escape(title)}</h1>
 <p>Read: {escape(read)}.</p>
 <p class="faint">A token is new to the {analysis.rules.local} queries from its own on. Milestones are looked at later,
 for a while; phoenixes after at least {analysis.rules.silence} queries in a row did not; heavy hitters by most.</p>
 <ul class="legend">
-{"".join(_legend())}</ul>
-</header>
-<main>
-<section>{_heads(analysis)}</section>
+{"".join(_legend())}</ul>"""
+    main = f"""<section>{_heads(analysis)}</section>
 <section>{_layers(analysis)}{_table(analysis)}</section>
-<section>{_lives(analysis)}{_silences(analysis)}</section>
-</main>
-</body>
-</html>
-"""
+<section>{_lives(analysis)}{_silences(analysis)}</section>"""
+    return document(title, header, main, style=STYLE)
 
 
 def _legend() -> Iterator[str]:

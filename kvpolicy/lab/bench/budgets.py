@@ -61,7 +61,22 @@ def with_budget(
     shape = geometry if _minds_layers(base) else replace(geometry, layers=1)
 
     def planner(prompt: int, new: int, shape: ModelGeometry = shape) -> Planner:
+        made: dict[frozenset[tuple[str, Fraction]], Plan | PolicyError | UsageError] = {}
+
         def plan_for(values: Values) -> Plan:
+            """The plan; a search comes back to the same values again and again, once they are rounded."""
+            key = frozenset(values.items())
+            if key not in made:
+                try:
+                    made[key] = fresh(values)
+                except (PolicyError, UsageError) as refusal:
+                    made[key] = refusal
+            found = made[key]
+            if isinstance(found, Plan):
+                return found
+            raise found
+
+        def fresh(values: Values) -> Plan:
             bound = base.bind(**given, **_settings(values)) if values else base
             return make_plan(bound, shape, prompt=prompt, max_new_tokens=new)
 

@@ -32,7 +32,7 @@ class Row:
         about: where in the prompt stands what each answer needs, 0 to 1; empty where nothing is scored.
         output: what was written; for text that was only read, empty.
         prompt_tokens, new_tokens: read, and written (or read under teacher forcing).
-        truncated: the limit ended it before it had said something of all that it was asked for.
+        cut: the limit ended it. truncated: and before it had said something of all that it was asked for.
         looped: it ends in one stretch of words said over and over, which nobody had asked for.
         evicted: tokens that left, over all layers and KV heads. unread: whether some step read only a part of what it
             held, as policies do that select.
@@ -59,6 +59,7 @@ class Row:
     output: str = ""
     prompt_tokens: int = 0
     new_tokens: int = 0
+    cut: bool = False
     truncated: bool = False
     looped: bool = False
     evicted: int = 0

@@ -8,14 +8,16 @@ share that; they share nothing else.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpolicy.lab.compare.running import padded
 from kvpolicy.lab.fidelity.full_cache import Body, Forced, Head
+from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for
 from kvpolicy.runtime import PolicyCache
@@ -34,7 +36,7 @@ class Series:
     count: places of each block. sums: of each measure over a block: ``kl``, KL(full cache || policy) in nats; ``top1``,
     whether both put the same token first; ``nll`` and ``full_nll``, the negative log likelihood of the text's token
     under the policy and under the full cache, in nats.
-    evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: of the cache, this row's.
+    evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of the cache.
     """
 
     number: int
@@ -127,6 +129,42 @@ def force(
     return found
 
 
+def lead(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Iterator[Tensor]:
+    """Lead texts through an empty cache, as its rows: before each place of the longest output, what ``body`` says of it
+    in every row [B, D] (overwritten by the next). A row that has ended is fed on.
+
+    body: a patched model, which says logits, or its ``Body``, which says hidden states.
+    """
+    device, longest = cache.device, max(len(text.output) for text in texts)
+    tokens = torch.zeros(len(texts), longest, dtype=torch.int64, device=device)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text.output)] = text.output
+    yield _prompts(body, cache, texts)
+    lengths = torch.tensor([[len(text.prompt)] for text in texts], device=device)
+    stepper = Stepper(body, cache)
+    try:
+        stepper.start(tokens[:, :1], lengths)
+        for place in range(longest - 1):
+            yield stepper.step(tokens[:, place : place + 1])
+    finally:
+        stepper.close()
+
+
+def _prompts(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Tensor:
+    """All prompts in one pass, padded on the left; what is said after each [B, D]."""
+    ids, mask = padded([text.prompt for text in texts], 0)
+    cache.expect_prompt(ids.shape[1])
+    said: Tensor = body(
+        input_ids=ids.to(cache.device),
+        attention_mask=mask.to(cache.device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(cache.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    return said[:, -1]
+
+
 class _Batch:
     """Some texts as rows of one cache; a row that has ended is fed on, and counted no more."""
 
@@ -143,43 +181,16 @@ class _Batch:
         self.head, self.tell, self.device = head, tell, model.device
         self.series = [Series(text.number, bytes=cache.bytes // len(texts)) for text in texts]
         self.longest = max(len(text.output) for text in texts)
-        self.tokens = torch.zeros(len(texts), self.longest, dtype=torch.int64, device=self.device)
-        for row, text in enumerate(texts):
-            self.tokens[row, : len(text.output)] = text.output
 
     def run(self) -> list[Series]:
-        states = self._prompt()
-        stepper = Stepper(self.body, self.cache)
-        lengths = torch.tensor([[len(text.prompt)] for text in self.texts], device=self.device)
-        block = states.new_empty(BLOCK, *states.shape)
-        stepper.start(self.tokens[:, :1], lengths)
-        for place in range(self.longest):
+        block: Tensor | None = None
+        for place, states in enumerate(lead(self.body, self.cache, self.texts)):
+            block = states.new_empty(BLOCK, *states.shape) if block is None else block
             block[place % BLOCK] = states
             if (place + 1) % BLOCK == 0 or place + 1 == self.longest:
                 self._compare(block, place - place % BLOCK, place + 1)
             self._count([row for row, text in enumerate(self.texts) if len(text.output) == place + 1])
-            if place + 1 < self.longest:
-                states = stepper.step(self.tokens[:, place : place + 1])
-        stepper.close()
         return self.series
-
-    def _prompt(self) -> Tensor:
-        """All prompts in one pass, padded on the left; the last hidden state of each [B, D]."""
-        width = max(len(text.prompt) for text in self.texts)
-        ids = torch.zeros(len(self.texts), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(self.texts):
-            ids[row, width - len(text.prompt) :] = text.prompt
-            mask[row, width - len(text.prompt) :] = 1
-        self.cache.expect_prompt(width)
-        states: Tensor = self.body(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-        return states[:, -1]
 
     def _compare(self, block: Tensor, start: int, stop: int) -> None:
         """Hold the places [start, stop) of every row that reaches so far against the full cache."""
@@ -190,22 +201,16 @@ class _Batch:
                 continue
             places = slice(start, stop_here)
             told = block[: stop_here - start, row]
-            compared = compare(self.head, self.full[row][places].to(self.device), told, self.tokens[row, places])
+            compared = compare(
+                self.head, self.full[row][places].to(self.device), told, text.output[places].to(self.device)
+            )
             self.series[row].add(compared)
             here += stop_here - start
         self.tell(here)
 
     def _count(self, rows: list[int]) -> None:
         """What has been kept of rows that end here."""
-        if not rows:
-            return
-        evicted: Any = 0
-        resident = []
-        for part in self.cache.parts():
-            resident.append((part.state.all_positions >= 0).sum(-1).amax(1))
-            for pool in (pool for pool in part.plan.pools if pool.to is None):
-                held = (part.state.pool_positions(pool) >= 0).flatten(2).sum(-1)
-                evicted = evicted + (part.state.seen(pool).expand_as(held) - held).sum(1)
-        most = torch.stack(resident).amax(0)
-        for row in rows:
-            self.series[row].evicted, self.series[row].resident = int(evicted[row]), int(most[row])
+        if rows:
+            evicted, most = kept_by_row(self.cache)
+            for row in rows:
+                self.series[row].evicted, self.series[row].resident = evicted[row], most[row]

@@ -94,7 +94,8 @@ class Body(nn.Module):
         super().__init__()
         self.base = model.base_model
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(self, logits_to_keep: int = 0, **inputs: Any) -> Any:
+        """As the model's; hidden states of all places come back whatever is to be kept, for they are small."""
         return SimpleNamespace(logits=self.base(**inputs).last_hidden_state)
 
 
