@@ -92,6 +92,12 @@ class Derived:
         most = min(self.budget, self.life or self.budget) / SPARE
         return 2 ** max(0, math.floor(math.log2(max(1, most))))
 
+    @property
+    def bar(self) -> float:
+        """What counts as a look; in a small cache at least twice what each token gets where all get the same."""
+        prompt = float(np.mean([text.prompt for text in self._texts]))
+        return max(self.analysis.rules.least, round(2 / (prompt + self.budget), 3))
+
     @cached_property
     def woken(self) -> float:
         return float(np.mean([text.woken.mean() for text in self._texts]))
@@ -170,8 +176,12 @@ def _params(derived: Derived) -> Iterator[str]:
         f"Cadence: {half}the largest power of 2 that is at most 1/{SPARE} of that and of the budget.", 2
     )
     yield f"  every:  {{default: {derived.every}, help: generated tokens between two updates}}"
-    yield from _comment("What counted as a look.", 2)
-    yield f"  bar:    {{default: {rules.least}, help: attention from which on a token was looked at}}"
+    yield from _comment(
+        f"What counted as a look, {rules.least}, but no less than twice an even share of a prompt like these and a full "
+        "budget.",
+        2,
+    )
+    yield f"  bar:    {{default: {derived.bar}, help: attention from which on a token was looked at}}"
     if not derived.whole_prompt:
         yield from _comment(
             f"Generated tokens looked at no more than this share of the prompt in {MOST:.0%} of the KV heads.", 2
@@ -248,7 +258,7 @@ def _tests(derived: Derived) -> Iterator[str]:
     yield "  - name: a milestone among generated tokens stays while it is looked at, and its neighbours leave"
     yield "    set: {budget: 48, window: 8, every: 1}"
     yield "    attention:"
-    yield "      {pattern: milestone, prompt: 24, steps: 120, at: 40, until: 120, noise: 0, heads: 1, kv_heads: 1,"
+    yield "      {pattern: milestone, prompt: 24, steps: 120, at: 40, until: 120, level: 7, noise: 0, heads: 1, kv_heads: 1,"
     yield f"      layers: {layers}}}"
     yield "    expect:"
     yield "      - {keeps: 40, until: 120}"
