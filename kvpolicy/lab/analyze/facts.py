@@ -79,21 +79,27 @@ def facts(name: str, prompt: int, layers: Mapping[int, Sorted], local: int, grou
     milestone, phoenix = kind == Kind.MILESTONE, kind == Kind.PHOENIX
     sinks = kind == Kind.SINK
     last_look = np.arange(length) + life
+    ended = np.where(alive, -1, last_look)
     return Facts(
         name=name,
         prompt=min(prompt, length),
         length=length,
         counts=counts,
         attention=_attention(kind, tokens),
-        lives=Times(*np.nonzero(milestone), life[milestone], np.where(alive, -1, last_look)[milestone]),
-        pauses=Times(*np.nonzero(milestone), gap[milestone], np.where(alive, -1, last_look)[milestone]),
-        silences=Times(*np.nonzero(phoenix), gap[phoenix], woke[phoenix]),
+        lives=_times(milestone, life, ended),
+        pauses=_times(milestone, gap, ended),
+        silences=_times(phoenix, gap, woke),
         in_use=_in_use(milestone | (kind == Kind.HEAVY_HITTER), last_look, prompt, local, group),
         with_phoenixes=_in_use(np.isin(kind, _OLDER), last_look, prompt, local, group),
         asked=_of_prompt((looks > 0) & (last_look >= prompt), kind, prompt, group),
         woken=_of_prompt((kind == Kind.PHOENIX) & (woke >= prompt), kind, prompt, group),
         last_sink=np.where(sinks.any(2), length - 1 - sinks[:, :, ::-1].argmax(2), -1),
     )
+
+
+def _times(chosen: Array, queries: Array, at: Array) -> Times:
+    layer, head, token = np.nonzero(chosen)
+    return Times(layer, head, token, queries[chosen], at[chosen])
 
 
 def _attention(kind: Array, tokens: list[Sorted]) -> Array:

@@ -177,8 +177,8 @@ def _params(derived: Derived) -> Iterator[str]:
     )
     yield f"  every:  {{default: {derived.every}, help: generated tokens between two updates}}"
     yield from _comment(
-        f"What counted as a look, {rules.least}, but no less than twice an even share of a prompt like these and a full "
-        "budget.",
+        f"What counted as a look, {rules.least}, but no less than twice an even share of a prompt like these and a "
+        "full budget.",
         2,
     )
     yield f"  bar:    {{default: {derived.bar}, help: attention from which on a token was looked at}}"
@@ -258,8 +258,8 @@ def _tests(derived: Derived) -> Iterator[str]:
     yield "  - name: a milestone among generated tokens stays while it is looked at, and its neighbours leave"
     yield "    set: {budget: 48, window: 8, every: 1}"
     yield "    attention:"
-    yield "      {pattern: milestone, prompt: 24, steps: 120, at: 40, until: 120, level: 7, noise: 0, heads: 1, kv_heads: 1,"
-    yield f"      layers: {layers}}}"
+    yield "      {pattern: milestone, prompt: 24, steps: 120, at: 40, until: 120, level: 7, noise: 0, heads: 1,"
+    yield f"      kv_heads: 1, layers: {layers}}}"
     yield "    expect:"
     yield "      - {keeps: 40, until: 120}"
     yield "      - {evicts: 38, by: 120}"
