@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from kvpolicy.cli import output
+from kvpolicy.cli import fidelity, output
 from kvpolicy.cli.arguments import Json, Settings, parse_settings
 from kvpolicy.cli.bench import OWN, numbers
 from kvpolicy.cli.simulate import distinct
@@ -71,6 +71,13 @@ def run(
     size: Annotated[
         int | None, typer.Option("--size", min=1, help="Words of a prompt; by default the task's own.")
     ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option("--dataset", metavar="FILE", help="Texts for --tasks fidelity: .jsonl with prompt, output; .txt."),
+    ] = None,
+    cut: Annotated[
+        float | None, typer.Option("--split", min=0, max=1, help="Where a .txt is cut, as a share of it; 0.5.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the prompts.")] = 0,
     new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Of an output; by default enough for the task.")
@@ -101,20 +108,34 @@ def run(
     specs, model = split(specs)
     wanted: list[int | None] = [None] if budgets == OWN else [*numbers(budgets, "--budgets")]
     policies = _policies(specs, parse_settings(settings))
+    texts = fidelity.texts_of(tasks, dataset, cut, items)
+    if texts is not None and html is not None:
+        raise UsageError("the task fidelity writes no page; use --png, --csv or --json")
     from kvpolicy.lab.compare.arms import arms
     from kvpolicy.lab.compare.running import Options, Run
     from kvpolicy.lab.tasks.registry import task_named
     from kvpolicy.models import load_model
 
-    named = None if tasks is None else [task_named(name.strip()) for name in dict.fromkeys(tasks.split(","))]
+    words = [] if tasks is None or texts is not None else tasks.split(",")
+    named = [task_named(name.strip()) for name in dict.fromkeys(words)]
     with output.busy(f"loading {model}"):
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
+    order = sorted(wanted, key=lambda budget: budget or 0)
+    if texts is not None:
+        from kvpolicy.lab.fidelity.measuring import Options as Led
+
+        how = Led(new_tokens, batch, bool(chat), compile, generic)
+        asked = fidelity.Asked(arms(policies, order), texts, how, save, csv, png, json)
+        with progress() as tell, _resumable(save):
+            tell = tell if output.stderr().is_terminal else fidelity.arm_alone(tell)
+            fidelity.lead_through(loaded, tokenizer, model, asked, tell)
+        return
     options = Options(items, seed, size, new_tokens, batch, chat, compile, generic)
     started = Run(loaded, tokenizer, model, options, save)
     chosen = named or [_first_choice(started)]
     with progress() as tell, _resumable(save):
         started.tell = tell
-        started.run(arms(policies, sorted(wanted, key=lambda budget: budget or 0)), chosen)
+        started.run(arms(policies, order), chosen)
     if processes().first:
         finish(started, chosen, files, json)
 

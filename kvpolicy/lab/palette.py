@@ -27,6 +27,18 @@ SHADES = (
 )
 """By pool; a fifth pool begins anew."""
 
+CLASSES = {
+    "sink": "#5c5c5c",
+    "window": "#8cc4e6",
+    "local": "#8cc4e6",
+    "heavy-hitter": "#0072b2",
+    "milestone": "#f2bd4b",
+    "phoenix": "#8f3f6d",
+    "rest": "#dcdcdc",
+    "lazy": "#dcdcdc",
+}
+"""Of tokens, and of where attention goes; what is alike in both has one colour."""
+
 GONE, MISSED, PAPER, INK, LINE = "#dcdcdc", "#000000", "#ffffff", "#1a1a1a", "#c4c4c4"
 """On white; ``page.css`` has these and their dark counterparts."""
 

@@ -99,7 +99,7 @@ def decoder_config(model: Any) -> Any:
 
 
 def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
-    """The layers to record: those asked for, or all that a policy may govern.
+    """The layers to listen to: those asked for, or all that a policy may govern.
 
     Raises:
         ModelError: the model has no such layer, or one that attends to less than the whole text.
@@ -107,8 +107,8 @@ def layers_of(model: Any, asked: Sequence[int]) -> tuple[int, ...]:
     architecture, shape = architecture_of(model.config.model_type), ModelGeometry.from_config(model.base_model.config)
     if shape.softcap is not None or architecture.sinks or architecture.temperature is not None:
         raise ModelError(
-            "a trace holds queries and keys, and attention is computed from them by softmax alone; a model of type "
-            f"{shape.model_type} caps its logits, has attention sinks or tempers its queries, and would have another"
+            "only queries and keys are listened to, and attention is computed from them by softmax alone; a model "
+            f"of type {shape.model_type} caps its logits, has attention sinks or tempers its queries, and has another"
         )
     known = shape.governed
     for layer in asked:

@@ -18,7 +18,7 @@ from torch import Tensor
 import kvpolicy
 from kvpolicy.architecture import architectures
 from kvpolicy.errors import ModelError, UsageError
-from kvpolicy.lab.fidelity import Referee
+from kvpolicy.lab.fidelity.referee import Referee
 from kvpolicy.lab.watching import StopWhen, Watch, Write
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for, compile_report, patch_of

@@ -125,6 +125,18 @@ class Residents:
         return found
 
 
+@torch.no_grad()
+def kept_by_row(cache: PolicyCache) -> tuple[list[int], list[int]]:
+    """By row, tokens that left so far over all layers and KV heads, and the most that any of them holds now."""
+    evicted, held = torch.zeros(cache.plan.batch, dtype=torch.int64, device=cache.device), []
+    for part in cache.parts():
+        held.append((part.state.all_positions >= 0).sum(-1).amax(1))
+        for pool in (pool for pool in part.plan.pools if pool.to is None):
+            here = (part.state.pool_positions(pool) >= 0).flatten(2).sum(-1)
+            evicted += (part.state.seen(pool).expand_as(here) - here).sum(1)
+    return evicted.tolist(), torch.stack(held).amax(0).tolist()
+
+
 class StopWhen(StoppingCriteria):
     """Ends a generation after the token at hand once somebody asks for it, so that the cache stays whole."""
 

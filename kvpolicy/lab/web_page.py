@@ -34,7 +34,7 @@ picture, or tap it, to read it.</p>
 {"".join(_legend(simulations))}</ul>"""
     after = f"""<div id="tip" role="status" hidden></div>
 <script>
-{_file("page.js")}</script>"""
+{part_file("page.js")}</script>"""
     return document(f"{names}: {title}", header, sections, after=after)
 
 
@@ -53,7 +53,7 @@ def document(title: str, header: str, main: str, *, style: str = "", after: str 
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
 <style>
-{_file("page.css")}{style}</style>
+{part_file("page.css")}{style}</style>
 </head>
 <body>
 <header>
@@ -68,7 +68,8 @@ def document(title: str, header: str, main: str, *, style: str = "", after: str 
 """
 
 
-def _file(name: str) -> str:
+def part_file(name: str) -> str:
+    """A file of the pages: `page.css`, `page.js`."""
     return files("kvpolicy.lab").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -76,14 +77,15 @@ def _legend(simulations: Sequence[Simulation]) -> Iterator[str]:
     """Each colour and pattern that occurs, with its words."""
     for number, pool in enumerate(pool_names(simulations)):
         paint = drawing.stripes(f"legend-{number}", shade(number).safe, 1, 1)
-        yield _key(f'<defs>{paint}</defs><rect width="48" height="30" fill="url(#legend-{number})"/>', f"{pool}: safe")
-        yield _key(f'<rect width="48" height="30" fill="{shade(number).ranked}"/>', f"{pool}: ranked, the lowest goes")
-    yield _key('<rect class="said" width="48" height="30"/>', "evicted")
+        yield key(f'<defs>{paint}</defs><rect width="48" height="30" fill="url(#legend-{number})"/>', f"{pool}: safe")
+        yield key(f'<rect width="48" height="30" fill="{shade(number).ranked}"/>', f"{pool}: ranked, the lowest goes")
+    yield key('<rect class="said" width="48" height="30"/>', "evicted")
     missed = '<rect class="said" width="48" height="30"/><path class="missed" stroke-width="4" d="M0 15H48"/>'
-    yield _key(missed, f"evicted, and wanted now (over {WANTED:g} times an even share of the attention)")
+    yield key(missed, f"evicted, and wanted now (over {WANTED:g} times an even share of the attention)")
 
 
-def _key(drawn: str, words: str) -> str:
+def key(drawn: str, words: str) -> str:
+    """An item of a legend."""
     return f'<li><svg viewBox="0 0 48 30" aria-hidden="true">{drawn}</svg>{escape(words)}</li>\n'
 
 
@@ -116,12 +118,12 @@ def _section(simulation: Simulation, name: str, all_of_them: Sequence[Simulation
 
 def _chart(caption: str, drawn: str, ticks: Sequence[object], course: Course, tokens: bool = False) -> str:
     """A drawing with its axes; the words are HTML, so that they stay readable however small the drawing."""
-    y = "".join(_tick("top", number / (len(ticks) - 1), str(tick)) for number, tick in enumerate(ticks))
+    y = "".join(tick("top", number / (len(ticks) - 1), str(mark)) for number, mark in enumerate(ticks))
     x = "".join(
-        _tick("left", number / 2, f"t = {course.t[round(number / 2 * (len(course.t) - 1))]}") for number in range(3)
+        tick("left", number / 2, f"t = {course.t[round(number / 2 * (len(course.t) - 1))]}") for number in range(3)
     )
     if tokens and 0.12 < course.prompt / course.length < 0.9:
-        y += _tick("top", course.prompt / course.length, str(course.prompt))
+        y += tick("top", course.prompt / course.length, str(course.prompt))
     return f"""<figure>
 <figcaption>{escape(caption)}</figcaption>
 <div class="chart"><div class="y">{y}</div>
@@ -131,7 +133,8 @@ def _chart(caption: str, drawn: str, ticks: Sequence[object], course: Course, to
 """
 
 
-def _tick(side: str, share: float, words: str) -> str:
+def tick(side: str, share: float, words: str) -> str:
+    """A word beside a chart, at a share of its height (``side``: top) or width (left)."""
     place = ' class="first"' if share == 0 else ' class="last"' if share == 1 else ""
     return f'<span{place} style="{side}:{100 * share:.1f}%">{escape(words)}</span>'
 

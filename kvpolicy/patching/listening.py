@@ -24,12 +24,16 @@ HEARD = "heard|"
 """What the names of our attention functions begin with."""
 
 Hear = Callable[[int, Tensor, Tensor, Tensor, float], None]
-"""(layer, queries [B, Q, N, D], keys [B, K, N, D], values [B, K, N, D] of the N new tokens, scaling)."""
+"""(layer, queries [B, Q, N, D], keys [B, K, N, D], values [B, K, N, D] of the N new tokens, scaling). Who asks for
+whole keys and values gets those of all tokens so far."""
 
 
 @contextmanager
-def listening(model: Any, layers: Sequence[int], hear: Hear) -> Iterator[None]:
+def listening(model: Any, layers: Sequence[int], hear: Hear, *, whole: bool = False) -> Iterator[None]:
     """Inside, ``hear`` is told of every pass of these decoder layers, in the order in which they run.
+
+    Args:
+        whole: tell keys and values of all tokens that the layer's cache holds, not of the new ones alone.
 
     Raises:
         UsageError: the model carries a policy.
@@ -48,7 +52,7 @@ def listening(model: Any, layers: Sequence[int], hear: Hear) -> Iterator[None]:
     try:
         journal.attend_by(model, decoder, name)
         for layer in layers:
-            journal.before(stack[layer], Ear(layer, hear))
+            journal.before(stack[layer], Ear(layer, hear, whole))
         yield
     finally:
         journal.undo()
@@ -60,6 +64,7 @@ class Ear:
 
     layer: int
     hear: Hear
+    whole: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -80,8 +85,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as before; where somebody listens, tell first. Of keys and values [B, K, T, D] the newest are the new."""
     if kv_ear is not None:
-        new = query.shape[2]
-        kv_ear.hear(kv_ear.layer, query, key[:, :, -new:], value[:, :, -new:], kwargs["scaling"])
+        begin = 0 if kv_ear.whole else key.shape[2] - query.shape[2]
+        kv_ear.hear(kv_ear.layer, query, key[:, :, begin:], value[:, :, begin:], kwargs["scaling"])
     output: tuple[Tensor, Tensor | None] = fallback(previous, module)(
         module, query, key, value, attention_mask, *args, **kwargs
     )

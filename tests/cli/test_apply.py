@@ -15,7 +15,7 @@ import kvpolicy
 from kvpolicy.cli.apply import read_prompt
 from kvpolicy.cli.main import main
 from kvpolicy.cli.picture import strip
-from kvpolicy.lab.fidelity import TOGETHER
+from kvpolicy.lab.fidelity.referee import TOGETHER
 from kvpolicy.lab.running import Request, run_policy
 from kvpolicy.lab.watching import Watch
 from kvpolicy.models import load_model

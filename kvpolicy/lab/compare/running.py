@@ -19,6 +19,7 @@ from kvpolicy.lab.compare.loops import loop
 from kvpolicy.lab.compare.rows import Row, append, digest, read
 from kvpolicy.lab.running import Request, encode, plan_for
 from kvpolicy.lab.tasks.base import Item, Task
+from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.models.processes import processes
 from kvpolicy.patching import applied, cache_for
 from kvpolicy.plan import ModelGeometry
@@ -258,18 +259,10 @@ class Ends(BaseStreamer):
         rows = self.cache.plan.batch
         self._count([row for row in range(rows) if row not in self.counts])
 
-    @torch.no_grad()
     def _count(self, rows: list[int]) -> None:
-        evicted: Any = 0
-        resident: list[Tensor] = []
-        for part in self.cache.parts():
-            resident.append((part.state.all_positions >= 0).sum(-1).amax(1))
-            for pool in (pool for pool in part.plan.pools if pool.to is None):
-                held = (part.state.pool_positions(pool) >= 0).flatten(2).sum(-1)
-                evicted = evicted + (part.state.seen(pool).expand_as(held) - held).sum(1)
-        most = torch.stack(resident).amax(0).tolist()
+        evicted, most = kept_by_row(self.cache)
         for row in rows:
-            self.counts[row] = int(evicted[row]), int(most[row])
+            self.counts[row] = evicted[row], most[row]
 
 
 def padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
