@@ -45,6 +45,6 @@ def run(
     with_settings([load_policy(spec)], given, {})  # refuses what fits it not, before anything is loaded
     name = str(Path(spec).resolve()) if Path(spec).is_file() else spec
     told = {"pretrained": model, "policy": name, **given}
-    more = {"budget": budget, "dtype": dtype, "device": device, "compile": compile or None}
+    more = {"budget": budget, "dtype": dtype, "compile": compile or None}
     told |= {key: str(value) for key, value in more.items() if value is not None}
-    call_harness(arguments_of(told, harness or []))
+    call_harness(arguments_of(told, [*(harness or []), *(() if device is None else ("--device", device))]))

@@ -140,6 +140,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         PolicyLM("builtin:tiny", policy="h2o", heavvy=8)
 
 
+@pytest.mark.slow  # lm-eval's command reads all of its own tasks first
 def test_the_verb_runs_tasks_of_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rest = ["--include_path", str(folder), "--tasks", "kvpolicy_written", "--limit", "2"]
     told = [
