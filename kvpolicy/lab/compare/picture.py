@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvpolicy.lab.chart import DPI, require_matplotlib
 from kvpolicy.lab.compare.curves import Panel, aside, panels
@@ -45,12 +45,11 @@ def picture(report: Report) -> bytes:
     for axes in grid[len(shown) :]:
         axes.remove()
     grid[0].set_ylabel("right answers")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in grid[: len(shown)]:
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, 1 + 2 * columns), fontsize=9
-    )
+    columns = min(4, 1 + 2 * columns)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -98,8 +98,8 @@ class Run:
         for task in tasks:
             for cell in self._cells(task, arms):
                 old = {question.item.number: known.get(self._row(cell, question).key) for question in cell.questions}
-                named = {"label": cell.bound.arm.label, "settings": dict(cell.bound.settings)}
-                self.rows += [replace(row, **named) for row in old.values() if row is not None]
+                name, settings = cell.bound.arm.label, dict(cell.bound.settings)
+                self.rows += [replace(row, label=name, settings=settings) for row in old.values() if row is not None]
                 left = [question for question in cell.questions if old[question.item.number] is None]
                 cells += [replace(cell, questions=part) for part in _parts(left, self.options.batch)]
         self.taken_up = len(self.rows)
@@ -132,7 +132,7 @@ class Run:
 
     def reads(self, task: Task) -> bool:
         """Whether the model has tokens for the words of a task."""
-        return self._knows(self._ids(task.make(1, self.options.seed, self.options.size)[0]))
+        return self._knows(self._ids(task.make(1, self.options.seed)[0]))
 
     def _ids(self, item: Item) -> Tensor:
         return encode(self.tokenizer, Request(item.prompt, chat=self.options.chat))[0]

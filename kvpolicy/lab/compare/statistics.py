@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -87,11 +88,17 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     if not len(moved):
         return Paired(0.0, 1.0, len(ours))
     least = abs(moved.sum()) - 1e-9  # sums of the same numbers in another order may differ in the last bit
-    if len(moved) <= EXACT:
-        signs = np.array(list(product((-1, 1), repeat=len(moved))), dtype=float)
-        return Paired(mean, float((np.abs(signs @ moved) >= least).mean()), len(ours))
-    signs = np.random.default_rng(0).integers(0, 2, (DRAWS, len(moved))) * 2.0 - 1
-    return Paired(mean, (1 + int((np.abs(signs @ moved) >= least).sum())) / (1 + DRAWS), len(ours))
+    as_large = np.abs(_signs(len(moved)) @ moved) >= least
+    p = float(as_large.mean()) if len(moved) <= EXACT else (1 + int(as_large.sum())) / (1 + DRAWS)
+    return Paired(mean, p, len(ours))
+
+
+@cache
+def _signs(count: int) -> np.ndarray:
+    """Ways to give so many numbers signs [ways, count]: all of them, or DRAWS."""
+    if count <= EXACT:
+        return np.array(list(product((-1, 1), repeat=count)), dtype=float)
+    return np.random.default_rng(0).integers(0, 2, (DRAWS, count)) * 2.0 - 1
 
 
 def holm(values: Sequence[float]) -> list[float]:
