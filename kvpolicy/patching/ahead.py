@@ -75,8 +75,7 @@ class Job:
         forward = CompiledForward(layer, StepCompiler(self.compiler))
         with torch.inference_mode() if self.inference else torch.no_grad():
             for kind in self.kinds:
-                cache.moment.kind = kind
-                cache.clocks.advance()
+                cache.advance(kind)
                 forward(hidden, kv_layer=cache.layers[0], **arguments)
 
 

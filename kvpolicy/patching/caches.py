@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvpolicy.errors import CacheError, PolicyError, UsageError
 from kvpolicy.patching.adapters import virtual_tokens
-from kvpolicy.patching.checks import decoder_of
+from kvpolicy.patching.checks import decoder_of, layer_devices
 from kvpolicy.patching.lengths import Lengths, bucket, plan_for, shared_plan
 from kvpolicy.patching.rereading import check_growth
 from kvpolicy.patching.rotary import rotation_of
@@ -41,7 +41,8 @@ def geometry_of(model: Any, patch: Patch) -> ModelGeometry:
 
 def settings_for(model: Any, patch: Patch) -> dict[str, Any]:
     """What a cache for this model is made with, beside its plan."""
-    settings = {"device": model.device, "dtype": model.dtype, "backend": patch.backend, "ranks": patch.ranks}
+    devices = layer_devices(model, patch.architecture)
+    settings = {"device": devices, "dtype": model.dtype, "backend": patch.backend, "ranks": patch.ranks}
     if patch.policy.positions == "compact":
         decoder = decoder_of(model, patch.architecture)
         settings["rotation"] = rotation_of(model, decoder, patch.architecture)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -55,9 +56,21 @@ def decoder_layers(model: Any, architecture: Architecture) -> list[nn.Module]:
     return list(decoder_of(model, architecture).get_submodule(architecture.layers))
 
 
+def layer_devices(model: Any, architecture: Architecture) -> list[torch.device]:
+    """Where each decoder layer attends, first to last: `device_map` may have put them on several devices."""
+    layers = decoder_layers(model, architecture)
+    attending = (getattr(layer, architecture.attention, None) or layer for layer in layers)
+    return [next((each.device for each in part.parameters()), model.device) for part in attending]
+
+
+def is_rerouted(layers: list[nn.Module]) -> bool:
+    """Whether a layer does not run what its class says, as where accelerate moves its inputs or weights."""
+    return any("forward" in layer.__dict__ for layer in layers)
+
+
 def check_forwards(layers: list[nn.Module]) -> None:
     """Refuse to compile layers that do not run what their class says."""
-    if any("forward" in layer.__dict__ for layer in layers):
+    if is_rerouted(layers):
         raise ModelError(
             "a decoder layer's forward was replaced on this model (accelerate does so when it moves weights), and a "
             "compiled layer would run without it; apply with compile=False"
@@ -76,12 +89,7 @@ def _check_devices(model: PreTrainedModel) -> None:
     if "meta" in places or "disk" in places or ("cpu" in places and len(places) > 1):
         raise ModelError(
             "parts of this model are offloaded to the CPU or the disk, and its cache would follow no layer there; load "
-            "it on one device (device_map={'': 0}), in a smaller dtype or quantised if it does not fit"
-        )
-    if len(places) > 1:
-        raise ModelError(
-            f"this model is spread over {', '.join(sorted(places))}, and a policy's cache lies on one device; load it "
-            "with device_map={'': 0}"
+            "it on GPUs alone (device_map={'': 0} for one of them), in a smaller dtype or quantised if it does not fit"
         )
 
 

@@ -54,7 +54,7 @@ class ModelHook:
         if not cache.opened_ahead:
             valid = newest_validity(given.get("attention_mask"), columns)
             if cache.rotation is not None:  # keys are turned from where they stand in their row
-                places = cache.coming(columns, valid)
+                places = cache.coming(columns, valid).to(inputs.device)
             cache.begin(columns, valid)
         if given.get("position_ids") is None:
             given["position_ids"] = places
@@ -137,7 +137,9 @@ class StateHook:
                     f"{type(layer).__name__} carries a state from token to token, and a prompt that ends in padding "
                     "would change it; pad on the left (tokenizer.padding_side = 'left')"
                 )
-        return args, {**kwargs, "attention_mask": None if valid is None or bool(valid.all()) else valid.long()}
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        mask = None if valid is None or bool(valid.all()) else valid.to(hidden.device, torch.long)
+        return args, {**kwargs, "attention_mask": mask}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
 from kvpolicy.patching.caches import CacheBuilder, NoPagedCache, build_cache
 from kvpolicy.patching.changes import Journal
-from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of
+from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of, is_rerouted
 from kvpolicy.patching.generic import PROMPT, STEPS, find_architecture, try_alone
 from kvpolicy.patching.hooks import LayerHook, ModelHook, StateHook, close_pass
 from kvpolicy.patching.lengths import Room
@@ -97,7 +97,8 @@ def apply(
         policy: the name of a shipped policy, the path of a YAML file, or a loaded Policy.
         compile: run generated steps through torch.compile, one graph per kind of step and layer shape; a string names
             the backend of torch.compile (inductor by default), or is "background": another process compiles while
-            tokens come eagerly, and steps are taken over when they are done; None: on CUDA only.
+            tokens come eagerly, and steps are taken over when they are done; None: on CUDA only, and not where
+            `device_map` spreads the model, whose layers then run through accelerate.
         backend: who computes attention in generated steps: "torch", "triton", or "auto", which is triton on a GPU
             where it can run.
         max_prompt, max_new_tokens: the most tokens of a row that any call of `generate` will bring. Caches are then
@@ -136,8 +137,11 @@ def apply(
     choose_backend(backend, model.device, geometry)
     room = Room(max_prompt, max_new_tokens)
     room.check(policy, geometry)
-    wanted = model.device.type == "cuda" and not untested if compile is None else compile
     layers = decoder_layers(model, architecture)
+    if compile is None:
+        wanted: bool | str = model.device.type == "cuda" and not untested and not is_rerouted(layers)
+    else:
+        wanted = compile
     if policy.positions == "compact":
         check_rotation(model, decoder, architecture, getattr(layers[geometry.governed[0]], architecture.attention))
     if wanted:

@@ -45,6 +45,11 @@ def rotation_of(model: Any, decoder: Any, architecture: Architecture) -> Rotatio
     return Rotation(tuple(frequencies.detach().float().tolist()))
 
 
+def _has_axes(config: Any) -> bool:
+    """Whether tokens stand in time, height and width: a text's places are the same in all three."""
+    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+
+
 def check_rotation(model: Any, decoder: Any, architecture: Architecture, attention: Any) -> None:
     """Turn vectors that the model's own code has rotated, and see that they lie where the model would have put them.
 
@@ -58,7 +63,7 @@ def check_rotation(model: Any, decoder: Any, architecture: Architecture, attenti
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(1, 1, 1, size, generator=generator).expand(-1, -1, len(PLACES), -1).to(model.device)
     try:
-        cos, sin = module(vectors, places)
+        cos, sin = module(vectors, places.expand(3, -1, -1) if _has_axes(decoder.config) else places)
         (rotated, _) = rotate(vectors, vectors, cos, sin)  # type: ignore[misc]
         frequencies = torch.tensor(rotation.frequencies, device=model.device)
         start, to = places[:, None, :, None], places[:, None, None, :]

@@ -135,14 +135,22 @@ class Clocks:
                 wider[:, : self.special.shape[1]] = self.special
                 self.special = wider
 
+    def follow(self, other: Clocks) -> None:
+        """Stand where the clocks of another device stand."""
+        for own, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(theirs)
+        self.host_t, self.columns = other.host_t, other.columns
+        for clock, leads in zip(self.streams, other.streams, strict=True):
+            clock.host_fills = set(leads.host_fills)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor with one entry per row, for reordering and for counting bytes."""
         own = [self.t, self.prompt_len, self.position, *([] if self.special is None else [self.special])]
         return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened, clock.ordinal)]
 
     def reset(self) -> None:
-        self.host_t = 0
-        self.columns = 0  # seen by the model, padding included: what transformers slices its inputs by
+        self.host_t: int = 0
+        self.columns: int = 0  # seen by the model, padding included: what transformers slices its inputs by
         for tensor in (self.t, self.prompt_len, self.position, self.turn_tokens):
             tensor.zero_()
         if self.special is not None:
@@ -172,6 +180,12 @@ class Clocks:
             if "generated" in clock.stream.admits:
                 clock.admit_one()
 
+    def coming(self, valid: Tensor) -> Tensor:
+        """Where the columns of a pass that is to come stand in their rows' text [B, N], by which of them are tokens
+        [B, N]; padding goes with what follows it."""
+        before = self.prompt_len + self.t
+        return before[:, None] + (valid.long().cumsum(1) - 1).clamp(min=0)
+
     def open_turn(self) -> None:
         """A prompt turn begins."""
         self.turn_tokens.zero_()
@@ -184,8 +198,7 @@ class Clocks:
         Returns their positions [B, N], -1 for padding, and by stream their numbers within its turn [B, N], -1 where
         they go elsewhere; None for a stream that no prompt reaches.
         """
-        before = self.prompt_len + self.t
-        position = torch.where(valid, before[:, None] + valid.long().cumsum(1) - 1, -1)
+        position = torch.where(valid, self.coming(valid), -1)
         if self.special is not None:
             row, column = (traits["special"] & valid).nonzero(as_tuple=True)
             self.special[row, position[row, column]] = True

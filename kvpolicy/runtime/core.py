@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from kvpolicy.attention import (
 )
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
-from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES
 from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.evict import Leave
 from kvpolicy.runtime.fused import Fusion
-from kvpolicy.runtime.moment import PLAIN, UPDATE, Moment
+from kvpolicy.runtime.moment import PLAIN, UPDATE, Site
 from kvpolicy.runtime.moving import move
 from kvpolicy.runtime.packing import outlives_slots, pack
 from kvpolicy.runtime.pool import PoolPolicy
@@ -42,9 +41,7 @@ class LayerCore(FixedLayer):
         self,
         plan: LayerPlan,
         geometry: ModelGeometry,
-        clocks: Clocks,
-        moment: Moment,
-        device: Any,
+        site: Site,
         backend: str = TORCH,
         rotation: Rotation | None = None,
         ranks: Ranks = ALONE,
@@ -55,9 +52,7 @@ class LayerCore(FixedLayer):
         self.ranks = ranks
         self.heads = geometry.kv_heads
         self.backend = backend
-        self.clocks = clocks
-        self.moment = moment
-        self.device = torch.device(device)
+        self.clocks, self.moment, self.device = site.clocks, site.moment, site.device
         self.compact = Compact(rotation or Rotation.none(), self.device) if plan.compact else None
         self.turn: Turn | None = None
         self.after_chunks: list[Tensor] = []

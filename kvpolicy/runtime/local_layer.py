@@ -7,8 +7,6 @@ slots that are still empty; chunked attention (Llama 4) also hides what belongs 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -17,8 +15,8 @@ from kvpolicy.attention import Formula, attend_visible
 from kvpolicy.attention.backends import TORCH
 from kvpolicy.plan import LocalPlan
 from kvpolicy.plan.layer_kinds import SLIDING
-from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
-from kvpolicy.runtime.moment import PROMPT, Moment, opened
+from kvpolicy.runtime.clocks import TORCH_DTYPES
+from kvpolicy.runtime.moment import PROMPT, Site, opened
 from kvpolicy.runtime.protocol import FixedLayer
 
 TILE = 512
@@ -30,9 +28,9 @@ class LocalLayer(FixedLayer):
 
     backend = TORCH
 
-    def __init__(self, plan: LocalPlan, clocks: Clocks, moment: Moment, device: Any) -> None:
+    def __init__(self, plan: LocalPlan, site: Site) -> None:
         super().__init__()
-        self.clocks, self.moment, self.device = clocks, moment, torch.device(device)
+        self.clocks, self.moment, self.device = site.clocks, site.moment, site.device
         self.is_initialized = True
         self._adopt(plan)
         self.reset()

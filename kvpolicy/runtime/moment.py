@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from kvpolicy.attention import Rotation
 from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan
 from kvpolicy.runtime.chunks import Chunk
-from kvpolicy.runtime.clocks import Places
+from kvpolicy.runtime.clocks import Clocks, Places
 
 PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
 
@@ -56,6 +57,15 @@ class Moment:
             empty=self.empty and begins,
             chunks=(),
         )
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the layers on one device read of the time and of the pass that is open."""
+
+    device: torch.device
+    clocks: Clocks
+    moment: Moment
 
 
 def opened(moment: Moment) -> str:

@@ -40,18 +40,11 @@ class FixedLayer(CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise CacheError("this cache belongs to a model with a policy applied; kvpolicy.apply(model, policy) first")
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        return new_columns(query_length), 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
 
     def get_seq_length(self) -> int:
         return self.clocks.columns
 
     def get_max_length(self) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
-
-
-def new_columns(query_length: int | Tensor) -> int:
-    """Columns of a pass; transformers before 5.2 gives the places of all of them [N] where later ones give N."""
-    return query_length.shape[0] if isinstance(query_length, Tensor) else query_length

@@ -45,7 +45,7 @@ def copied(cache: PolicyCache, repeats: int = 1) -> PolicyCache:
             max_new_tokens=plan.max_new_tokens,
             turns=plan.turns,
         )
-    twin = type(cache)(plan, device=cache.device, backend=cache.backend, rotation=cache.rotation, ranks=cache.ranks)
+    twin = type(cache)(plan, device=cache.devices, backend=cache.backend, rotation=cache.rotation, ranks=cache.ranks)
     tensors = state_of(cache)
     if repeats > 1:
         tensors = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in tensors.items()}
@@ -170,6 +170,8 @@ def put_state(cache: PolicyCache, counts: Mapping[str, Any], tensors: Mapping[st
     cache.passes = dict(counts["passes"])
     for clock, fills in zip(cache.clocks.streams, counts["fills"], strict=True):
         clock.host_fills = set(fills)
+    for site in cache.sites[1:]:
+        site.clocks.follow(cache.clocks)
 
 
 def _check_settled(cache: PolicyCache) -> None:

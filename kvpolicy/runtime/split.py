@@ -5,16 +5,14 @@ So a head that keeps a window takes a window's memory, whatever its neighbour ke
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kvpolicy.attention import Formula, Rotation
 from kvpolicy.plan import LayerPlan, ModelGeometry
-from kvpolicy.runtime.clocks import TORCH_DTYPES, Clocks
+from kvpolicy.runtime.clocks import TORCH_DTYPES
 from kvpolicy.runtime.layer import PolicyLayer
-from kvpolicy.runtime.moment import Moment
+from kvpolicy.runtime.moment import Site
 from kvpolicy.runtime.protocol import FixedLayer
 from kvpolicy.runtime.ranks import ALONE, Ranks
 
@@ -26,9 +24,7 @@ class SplitLayer(FixedLayer):
         self,
         plan: LayerPlan,
         geometry: ModelGeometry,
-        clocks: Clocks,
-        moment: Moment,
-        device: Any,
+        site: Site,
         backend: str,
         rotation: Rotation | None = None,
         ranks: Ranks = ALONE,
@@ -36,13 +32,11 @@ class SplitLayer(FixedLayer):
         super().__init__()
         self.plan = plan
         self.dtype = TORCH_DTYPES[geometry.dtype]
-        self.clocks = clocks
-        self.moment = moment
+        self.clocks, self.moment, self.device = site.clocks, site.moment, site.device
         self.backend = backend
-        self.device = torch.device(device)
         self.is_initialized = True
         self.parts = [
-            PolicyLayer(group, geometry.of_heads(len(group.members)), clocks, moment, device, backend, rotation, ranks)
+            PolicyLayer(group, geometry.of_heads(len(group.members)), site, backend, rotation, ranks)
             for group in plan.groups
         ]
         self.heads = geometry.kv_heads

@@ -7,33 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
-from transformers import cache_utils
-
-from kvpolicy.errors import ModelError
-
-# Its name since transformers 5.4; where it is missing, models with such layers had caches of their own.
-_Layer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
+from transformers.cache_utils import LinearAttentionLayer
 
 STATES = ("conv_states", "recurrent_states")
 
 
-class StateLayer(_Layer):
-    """The state of one layer, made when the model first writes it.
-
-    Raises:
-        ModelError: this version of transformers keeps such states elsewhere.
-    """
-
-    def __init__(self) -> None:
-        if _Layer is object:
-            raise ModelError(
-                "this version of transformers keeps the state of linear layers outside of its cache layers, where a "
-                "policy's cache cannot hold it; install a newer one"
-            )
-        super().__init__()
+class StateLayer(LinearAttentionLayer):
+    """The state of one layer, made when the model first writes it."""
 
     def take(self, other: StateLayer, repeats: int) -> None:
         """Become a copy of another, each row so many times in a row."""
@@ -51,9 +33,9 @@ class StateLayer(_Layer):
         """Whether it holds anything yet."""
         return any(True for _ in self._held())
 
-    def _held(self) -> Iterator[tuple[Any, Any, Tensor]]:
+    def _held(self) -> Iterator[tuple[dict[int, Tensor | None], int, Tensor]]:
         for name in STATES:
-            states: Any = getattr(self, name)
-            for key, tensor in list(states.items() if isinstance(states, dict) else enumerate(states)):
+            states: dict[int, Tensor | None] = getattr(self, name)
+            for key, tensor in list(states.items()):
                 if tensor is not None:
                     yield states, key, tensor

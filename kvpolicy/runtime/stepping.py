@@ -130,8 +130,8 @@ class Stepper:
     def _pass(self, kind: str, choice: Choice | None, inputs: dict[str, Any]) -> None:
         """All that the device does in one step."""
         cache = self.cache
-        cache.moment.kind, cache.opened_ahead = kind, True
-        cache.clocks.advance()
+        cache.opened_ahead = True
+        cache.advance(kind)
         outputs = self.model(
             input_ids=self.tokens,
             position_ids=self.positions,

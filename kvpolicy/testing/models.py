@@ -209,6 +209,8 @@ def random_model(
             heads of size 8).
     """
     config = random_config(model_type, **changes)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # before transformers 5.21, sdpa left the caps out without a word
     loader = AutoModelForImageTextToText if "vision_config" in OWN.get(model_type, {}) else AutoModelForCausalLM
     torch.manual_seed(seed)
     model: PreTrainedModel = loader.from_config(config)

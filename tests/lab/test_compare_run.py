@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab.compare.arms import Arm, arms, bound, leaves_unread, selects
@@ -127,6 +129,31 @@ def test_an_output_that_is_cut_says_so(tiny: tuple[Any, Any]) -> None:
     assert all(row.cut and row.truncated and sum(row.right) == 5 for row in made.rows)
     whole = run(tiny, arms([], []), new_tokens=None)
     assert not any(row.truncated or row.looped for row in whole.rows)
+
+
+def test_only_models_that_do_not_talk_are_given_the_answers_beginning(tiny: tuple[Any, Any]) -> None:
+    class Talks:
+        """A tokenizer of letters."""
+
+        unk_token_id = None
+
+        def __init__(self, chat_template: str | None) -> None:
+            self.chat_template = chat_template
+
+        def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
+            return f"<{turns[0]['content']}>"
+
+        def __call__(self, text: str, **_: object) -> Any:
+            return SimpleNamespace(input_ids=torch.tensor([[ord(letter) for letter in text]]))
+
+    item = task_named("passkey").make(1, 0)[0]
+
+    def read(template: str | None, chat: bool | None) -> str:
+        made = Run(tiny[0], Talks(template), "m", Options(chat=chat))
+        return "".join(map(chr, made._ids(item).tolist()))
+
+    assert read("t", None) == f"<{item.prompt}>" and item.lead == " The pass key is"
+    assert read("t", False) == read(None, None) == item.prompt + item.lead
 
 
 # Arms ---------------------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ NAMED = [name for name in tasks() if name not in ("passkey", "phrase")]
 """Tasks that ask for several answers under names, in any order."""
 
 DIGESTS = {
-    "copy": "a89ece6fdd3c",
-    "needles": "50952c39414c",
-    "passkey": "5127929153b2",
-    "phrase": "c716dab8ed63",
-    "questions": "13f8771ac5b6",
-    "variables": "8c53dd1436ae",
+    "copy": "ecbe331eaf95",
+    "needles": "32647897937a",
+    "passkey": "e0c55fc3530b",
+    "phrase": "f4b650b674c3",
+    "questions": "b2c7fad63864",
+    "variables": "c3d4fa60c24e",
 }
 
 FORMS = {"questions": "Answer_{0}:\n1 + 1 = 2. The answer is {1}.\n\n"}

@@ -99,7 +99,7 @@ def test_an_offloaded_model_is_refused(build, policies):
     assert "offloaded" in str(refusal(model, policies["window"]))
     mapped = build()
     mapped.hf_device_map = {"model.layers.0": 0, "model.layers.1": "disk"}
-    assert "one device" in str(refusal(mapped, policies["window"]))
+    assert "on GPUs alone" in str(refusal(mapped, policies["window"]))
     whole = build()
     whole.hf_device_map = {"": "cpu"}
     apply(whole, policies["window"])

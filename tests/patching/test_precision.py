@@ -6,8 +6,8 @@ import torch
 from kvpolicy import CacheError
 from kvpolicy.patching import apply, cache_for, remove
 
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""How far logits may be apart, at magnitudes of about 5."""
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.006}
+"""How far logits may be apart, as a share of the largest."""
 
 
 def told(model, inputs, greedy):
@@ -24,7 +24,7 @@ def test_with_room_for_everything_it_says_the_same(build, policies, padded, gree
     assert cache.layers[0].state.keys.dtype == dtype
     same = int((ours == text).all(0).long().cumprod(0).sum()) - padded["input_ids"].shape[1] + 1
     assert same > 8  # random weights make ties that rounding may decide; from there on texts differ
-    torch.testing.assert_close(found[:same], logits[:same], rtol=0, atol=CLOSE[dtype])
+    torch.testing.assert_close(found[:same], logits[:same], rtol=0, atol=CLOSE[dtype] * float(logits.abs().max()))
 
 
 @pytest.mark.parametrize(("name", "compile"), [("everything", "eager"), ("scored", None), ("paged", None)])

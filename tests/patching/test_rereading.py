@@ -31,12 +31,13 @@ def ids(length):
 def test_where_nothing_changes_at_that_length_the_cache_stays(prompt):
     """With room for everything, also logits are those of the model that reads its text anew."""
     model = phi3()
-    expected = model.generate(ids(prompt), max_new_tokens=20, **GREEDY)
     kvpolicy.apply(model, "h2o", heavy=100, recent=100)
     out = model.generate(ids(prompt), max_new_tokens=20, **GREEDY)
     assert isinstance(out.past_key_values, kvpolicy.PolicyCache)
-    torch.testing.assert_close(torch.cat(out.logits), torch.cat(expected.logits), rtol=1e-4, atol=1e-4)
     kvpolicy.remove(model)
+    with torch.no_grad():  # stock `generate` went wrong where it read a text anew, before transformers 5.20
+        expected = model(out.sequences[:, :-1], use_cache=False).logits[0, prompt - 1 :]
+    torch.testing.assert_close(torch.cat(out.logits), expected, rtol=1e-4, atol=1e-4)
     assert "prepare_inputs_for_generation" not in vars(model)
     kvpolicy.apply(model, "h2o", heavy=4, recent=4)
     assert model.generate(ids(prompt), max_new_tokens=20, **GREEDY).past_key_values.stats()["evicted"] > 0

@@ -24,7 +24,12 @@ def replay(model, cache, passes):
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chunked_prompt_is_one_turn(build, family, policies, padded, greedy, name, chunk):
-    model = apply(build(family), policies[name])
+    model = build(family)
+    try:
+        model.generate(**padded, prefill_chunk_size=chunk, **greedy)
+    except RuntimeError as error:  # Qwen2.5-VL before transformers 5.18
+        pytest.skip(f"nor can transformers without a policy: {error}")
+    apply(model, policies[name])
     whole = model.generate(**padded, return_dict_in_generate=True, output_logits=True, **greedy)
     chunked = model.generate(
         **padded, prefill_chunk_size=chunk, return_dict_in_generate=True, output_logits=True, **greedy

@@ -135,7 +135,8 @@ class Run:
         return self._knows(self._ids(task.make(1, self.options.seed)[0]))
 
     def _ids(self, item: Item) -> Tensor:
-        return encode(self.tokenizer, Request(item.prompt, chat=self.options.chat))[0]
+        talks = bool(getattr(self.tokenizer, "chat_template", None)) and self.options.chat is not False
+        return encode(self.tokenizer, Request(item.prompt + ("" if talks else item.lead), chat=self.options.chat))[0]
 
     def _knows(self, ids: Tensor) -> bool:
         unknown = getattr(self.tokenizer, "unk_token_id", None)

@@ -24,7 +24,8 @@ class Item:
 
     Attributes:
         task, number: whose item it is, and which, from 0.
-        prompt: the text that the model reads.
+        prompt: the text that the model reads. lead: how the answer begins; only a model without a chat template is
+            given it, after the prompt: one that talks answers the bare question better.
         answers: the parts asked for, in the order in which they are asked for; each is scored by itself.
         names: by which each answer is found in an output; as many, all different.
         about: where in the prompt stands what each answer needs, as a share of its characters, 0 to 1.
@@ -36,6 +37,7 @@ class Item:
     answers: tuple[str, ...]
     names: tuple[str, ...]
     about: tuple[float, ...]
+    lead: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.answers) == len(self.names) == len(self.about) == len(set(self.names)) > 0:

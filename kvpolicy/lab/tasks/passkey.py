@@ -22,9 +22,9 @@ class Passkey(Task):
         fact = f"The pass key is {key}. Remember it: {key} is the pass key."
         prompt = (
             "There is a pass key hidden in the text below. Find it and remember it; you will be asked for it.\n\n"
-            f"{hide([fact], size - 36, rng)}\n\nWhat is the pass key? The pass key is"
+            f"{hide([fact], size - 36, rng)}\n\nWhat is the pass key?"
         )
-        return Item(self.name, number, prompt, (key,), (NAME,), places(prompt, [fact]))
+        return Item(self.name, number, prompt, (key,), (NAME,), places(prompt, [fact]), lead=" The pass key is")
 
     def said(self, item: Item, output: str) -> Mapping[str, str]:
         """The first number: nothing else was asked for."""
