@@ -35,7 +35,7 @@ def run(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile generated steps.")] = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness (lm-eval) on a model under a policy; needs kvpolicy[eval]."""
+    """Run tasks of lm-evaluation-harness (lm-eval) on a model under a policy; needs the extra eval."""
     from kvpolicy.lab.harness.calling import arguments_of, call_harness, require_harness
 
     require_harness()
