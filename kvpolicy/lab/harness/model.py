@@ -49,7 +49,7 @@ class Asked:
 
 
 @register_model("kvpolicy")
-class PolicyLM(HFLM):  # type: ignore[misc]
+class PolicyLM(HFLM):
     """A model under a policy, or as it is where none is named.
 
     Args:
@@ -108,7 +108,7 @@ class PolicyLM(HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Of each continuation its log likelihood, in nats, and whether the model would write just that."""
         if self.policy is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # type: ignore[no-any-return]
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         asked = [self._asked(number, context, after) for number, (_, context, after) in enumerate(requests)]
         groups: dict[int, list[Asked]] = defaultdict(list)
         for each in asked:  # of one length, so that no step is spent on rows that have ended
