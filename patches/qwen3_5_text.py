@@ -1,4 +1,4 @@
-"""Qwen3.5 without its vision tower: three layers of four keep a state in place of tokens, and no policy touches them."""
+"""Qwen3.5 without its vision tower: of four layers three keep a state for tokens, and are left alone."""
 
 from kvpolicy.architecture import Architecture
 

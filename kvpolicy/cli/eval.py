@@ -35,7 +35,7 @@ def run(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile generated steps.")] = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness (lm-eval) on a model under a policy; needs kvpolicy[eval]."""
+    """Run tasks of lm-evaluation-harness (lm-eval) on a model under a policy; needs the extra eval."""
     from kvpolicy.lab.harness.calling import arguments_of, call_harness, require_harness
 
     require_harness()
@@ -45,6 +45,6 @@ def run(
     with_settings([load_policy(spec)], given, {})  # refuses what fits it not, before anything is loaded
     name = str(Path(spec).resolve()) if Path(spec).is_file() else spec
     told = {"pretrained": model, "policy": name, **given}
-    more = {"budget": budget, "dtype": dtype, "device": device, "compile": compile or None}
+    more = {"budget": budget, "dtype": dtype, "compile": compile or None}
     told |= {key: str(value) for key, value in more.items() if value is not None}
-    call_harness(arguments_of(told, harness or []))
+    call_harness(arguments_of(told, [*(harness or []), *(() if device is None else ("--device", device))]))

@@ -106,8 +106,14 @@ def test_a_policy_differs_at_a_small_budget_and_agrees_at_a_large_one(folder: Pa
     for ours, theirs in zip(same["kvpolicy_scored"], told["kvpolicy_scored"], strict=True):
         assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=1e-3)
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    choosing, writing = scores(small)
-    assert writing == 0.0 and choosing < 1.0
+    _, writing = scores(small)
+    assert writing < 0.5
+    moved = [
+        abs(ours - theirs)
+        for documents in zip(resps(small)["kvpolicy_scored"], told["kvpolicy_scored"], strict=True)
+        for (ours, _), (theirs, _) in zip(*documents, strict=True)
+    ]
+    assert max(moved) > 0.1
     assert "kvpolicy" not in full["config"]
     assert large["config"]["kvpolicy"]["evicted"] == 0
     kept = small["config"]["kvpolicy"]
@@ -140,6 +146,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         PolicyLM("builtin:tiny", policy="h2o", heavvy=8)
 
 
+@pytest.mark.slow  # lm-eval's command reads all of its own tasks first
 def test_the_verb_runs_tasks_of_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rest = ["--include_path", str(folder), "--tasks", "kvpolicy_written", "--limit", "2"]
     told = [

@@ -20,7 +20,7 @@ from kvpolicy.lab.compare.arms import arms
 from kvpolicy.lab.dataset import HALF, read_dataset
 from kvpolicy.lab.fidelity.measuring import Fidelity, Options
 from kvpolicy.lab.fidelity.report import COLUMNS, doubts, entries, table
-from kvpolicy.language import load_policy
+from kvpolicy.language import Policy, load_policy
 from kvpolicy.models import load_model
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UsageError.exit_code
     try:
         texts = read_dataset(asked.dataset, most=asked.texts, split=asked.split)
-        policies = [(spec, load_policy(spec), {}) for spec in asked.specs]
+        policies: list[tuple[str, Policy, dict[str, str]]] = [(spec, load_policy(spec), {}) for spec in asked.specs]
         model, tokenizer = load_model(asked.model, device=asked.device, dtype=asked.dtype)
         options = Options(asked.new_tokens, asked.batch, compile=asked.compile)
         run = Fidelity(model, tokenizer, asked.model, options, asked.out, _told)

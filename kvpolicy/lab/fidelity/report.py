@@ -117,7 +117,7 @@ COLUMNS = ("policy", "budget", "held", "KL, nats", "top-1", "perplexity", "KL ea
 
 def table(found: Sequence[Entry]) -> list[tuple[str, ...]]:
     """A line of text for each arm, under ``COLUMNS``. An arm that did nothing has no numbers."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for entry in found:
         said = entry.said
         idle = entry.label != FULL and not entry.worked

@@ -53,7 +53,7 @@ def arguments_of(model_args: Mapping[str, str], rest: Sequence[str]) -> list[str
             raise UsageError(
                 f"{word} is said by SPEC and MODEL already; drop it, or call python -m kvpolicy.lab.harness"
             )
-    if not rest:
+    if not any(word.startswith("-") for word in rest):
         raise UsageError("lm-eval needs to know what to run: put its arguments after --, as in -- --tasks gsm8k")
     for name, value in model_args.items():
         if "," in value or "=" in value:

@@ -9,6 +9,7 @@ policy touches.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import eval_logger
 from tqdm import tqdm
 
 from kvpolicy.errors import UsageError
@@ -30,6 +30,8 @@ from kvpolicy.models import load_model
 from kvpolicy.patching import apply, cache_for
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
+
+LOGGER = logging.getLogger(__name__)
 
 LONG = 8
 """A policy without a ``budget`` of its own is given one for a prompt, and an output, of so many times that."""
@@ -47,7 +49,7 @@ class Asked:
 
 
 @register_model("kvpolicy")
-class PolicyLM(HFLM):  # type: ignore[misc]
+class PolicyLM(HFLM):
     """A model under a policy, or as it is where none is named.
 
     Args:
@@ -74,12 +76,20 @@ class PolicyLM(HFLM):  # type: ignore[misc]
         theirs = {name: given.pop(name) for name in list(given) if name in inspect.signature(HFLM).parameters}
         if policy is None and (given or budget is not None):
             raise UsageError(f"{', '.join(given) or 'budget'} is set, and no policy; add policy=NAME to --model_args")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness's own default, which says nothing of what the user wants
         model, tokenizer = load_model(pretrained, device=device, dtype=None if dtype == "auto" else dtype)
         super().__init__(pretrained=model, tokenizer=tokenizer, **theirs)
         self.name, self.policy = pretrained, None if policy is None else _bound(model, policy, budget, given)
         self.evicted = self.texts = self.untouched = 0
         if self.policy is not None:
             apply(model, self.policy, compile=compile, special_tokens=tokenizer)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text; its padding where a model has no such token, and never ends by itself."""
+        ends = self.tokenizer.eos_token_id
+        return int(self.tokenizer.pad_token_id or 0) if ends is None else int(ends)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **more: Any) -> Any:
         """As the harness does it, on a cache of ours that can be asked afterwards what it did."""
@@ -98,7 +108,7 @@ class PolicyLM(HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Of each continuation its log likelihood, in nats, and whether the model would write just that."""
         if self.policy is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # type: ignore[no-any-return]
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         asked = [self._asked(number, context, after) for number, (_, context, after) in enumerate(requests)]
         groups: dict[int, list[Asked]] = defaultdict(list)
         for each in asked:  # of one length, so that no step is spent on rows that have ended
@@ -119,7 +129,7 @@ class PolicyLM(HFLM):  # type: ignore[misc]
         """The context but for its last token, which begins what goes through generated steps."""
         more = len(context) + len(after) - self.max_length
         if more > 0:
-            eval_logger.warning("a context was cut on the left: with its continuation it passes %d", self.max_length)
+            LOGGER.warning("a context was cut on the left: with its continuation it passes %d", self.max_length)
             context = context[more:]
         if not context:
             raise UsageError(f"a continuation of {len(after)} tokens leaves no room for any context; shorten it")
@@ -163,7 +173,7 @@ class PolicyLM(HFLM):  # type: ignore[misc]
         }
         if self.policy is not None:
             if not self.evicted:
-                eval_logger.warning("%s evicted nothing in %s texts", self.policy.name, self.texts)
+                LOGGER.warning("%s evicted nothing in %s texts", self.policy.name, self.texts)
             told["kvpolicy"] = {
                 "policy": self.policy.name,
                 "digest": self.policy.digest,
