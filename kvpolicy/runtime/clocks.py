@@ -116,6 +116,9 @@ class Clocks:
     special tokens stand, None where no pin asks: a token is special in every layer and head, whichever slot it lies in.
     """
 
+    host_t: int
+    columns: int
+
     def __init__(self, plan: Plan, device: torch.device) -> None:
         tensors = {b.name: torch.zeros(b.shape, dtype=TORCH_DTYPES[b.dtype], device=device) for b in plan.clocks}
         self.t, self.prompt_len, self.position = tensors["t"], tensors["prompt_len"], tensors["position"]
@@ -149,8 +152,8 @@ class Clocks:
         return own + [part for clock in self.streams for part in (clock.seen, clock.fill, clock.opened, clock.ordinal)]
 
     def reset(self) -> None:
-        self.host_t: int = 0
-        self.columns: int = 0  # seen by the model, padding included: what transformers slices its inputs by
+        self.host_t = 0
+        self.columns = 0  # seen by the model, padding included: what transformers slices its inputs by
         for tensor in (self.t, self.prompt_len, self.position, self.turn_tokens):
             tensor.zero_()
         if self.special is not None:
