@@ -146,14 +146,20 @@ def follow_family(path, policy):
     kvpolicy refuses it, why."""
     ready = sharded(path)
     try:
-        with torch.no_grad():
-            ready(prompts()[0])
+        plain = unpatched(ready)
     except RuntimeError:
         return None
     try:
-        return follow(ready, policy)
+        return {**follow(ready, policy), "plain": plain}
     except ModelError as fault:
         return {"refused": str(fault)}
+
+
+def unpatched(model):
+    """The likeliest token after each of the prompt's, without a policy."""
+    ids, mask = prompts()
+    with torch.no_grad():
+        return model(ids[mask.all(1)]).logits.argmax(-1).tolist()
 
 
 def sharded(path):
