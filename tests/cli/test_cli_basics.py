@@ -295,7 +295,7 @@ def test_list_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert [line.split()[0] for line in lines if line and line.split()[1:] == ["summary"]] == [
-        "policies", "signals", "models", "builtins",
+        "policies", "signals", "models", "builtins", "tasks",
     ]  # fmt: skip
     assert any(line.startswith("raas ") for line in lines)
     assert any(line.startswith("builtin:tiny ") for line in lines)

@@ -40,7 +40,8 @@ def run_of(path: Path | None = None, said: list[str] | None = None, **options: A
 @cache
 def measured() -> Fidelity:
     run = run_of(batch=2)
-    run.run(arms([("h2o", load_policy("h2o"), {})], [24, None]), texts())
+    roomy = load_policy("h2o", set={"heavy": 100, "recent": 100})  # by its own params it drops nothing
+    run.run(arms([("h2o", roomy, {})], [24, None]), texts())
     return run
 
 
