@@ -7,6 +7,7 @@ itself, with its reason: `<!-- skip: next "needs a GPU" -->`. Output, and anythi
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -105,3 +106,16 @@ def test_the_code_blocks_of_a_page_run(page: Path, reader: Path) -> None:
 def test_no_code_block_slips_through(page: Path) -> None:
     """Every fence names a language that is run, or one that is only shown."""
     assert set(languages(page)) <= {*RUN, *SHOWN}
+
+
+def test_every_picture_is_shown_and_its_page_says_how_to_make_it() -> None:
+    shown = [
+        (page, picture)
+        for page in PAGES
+        for picture in re.findall(r"!\[[^]]+\]\(pictures/([^)]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == {picture for _, picture in shown}
+    for page, picture in shown:
+        data = (ROOT / "docs" / "pictures" / picture).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) < 150_000
+        assert f"--png {picture}" in page.read_text(encoding="utf-8")

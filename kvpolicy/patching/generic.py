@@ -50,7 +50,8 @@ def find_architecture(model: Any) -> Architecture:
     if getattr(model.config, "is_encoder_decoder", False):
         _refuse(model, "it has an encoder, and its decoder attends to that too")
     names = {module: name for name, module in base.named_modules()}
-    said: tuple[Any, ...] = (model.get_decoder(), base, getattr(base, "model", None))
+    told = model.get_decoder()  # of Llama 4 with its tower, a language model with a head
+    said: tuple[Any, ...] = (told, getattr(told, "model", None), base, getattr(base, "model", None))
     decoder: Any = next((each for each in said if each in names and _lists(each)), base)
     config = getattr(decoder, "config", None)
     if not isinstance(config, PreTrainedConfig):

@@ -415,13 +415,3 @@ def test_what_is_watched(mine: Path) -> None:
 
 
 # The documented pictures
-
-
-def test_the_pictures_are_there_and_the_page_says_how_to_make_them() -> None:
-    text = (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[[^]]+\]\((pictures/[^)]+)\)", text)
-    assert {f"pictures/{path.name}" for path in (ROOT / "docs" / "pictures").iterdir()} == set(pictures)
-    for picture in pictures:
-        data = (ROOT / "docs" / picture).read_bytes()
-        assert data.startswith(b"\x89PNG") and len(data) < 150_000
-        assert f"--png {Path(picture).name}" in text
