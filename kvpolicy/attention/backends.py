@@ -16,11 +16,14 @@ TRITON_HEAD_DIM = 256
 TRITON_GROUP = 64
 
 
-def choose_backend(wanted: str, device: torch.device | str, geometry: ModelGeometry) -> tuple[str, str]:
+def choose_backend(
+    wanted: str, device: torch.device | str, geometry: ModelGeometry, devices: int = 1
+) -> tuple[str, str]:
     """The backend for a cache, and why.
 
     Args:
         wanted: "torch", "triton", or "auto": triton on a GPU where it can run and suits the model's shape, else torch.
+        device: where the first layer lies. devices: on how many all layers lie.
 
     Raises:
         UsageError: no such backend, or triton was asked for where it cannot run.
@@ -30,6 +33,8 @@ def choose_backend(wanted: str, device: torch.device | str, geometry: ModelGeome
     if wanted == TORCH:
         return TORCH, "asked for"
     reason = available(device) or _unsuited(geometry)
+    if devices > 1:  # a kernel starts on the device that is current, and not on its tensors'
+        reason = f"the layers lie on {devices} devices"
     if wanted == TRITON:
         if reason is not None:
             raise UsageError(f"backend triton cannot run here: {reason}; choose backend auto or torch")

@@ -53,7 +53,7 @@ DEMO = Path(__file__).parents[1] / "models" / "prompts" / "demo.txt"
 class Row:
     """What came of one policy. ``status``: ok, failed or refused; ``why`` says what was wrong.
 
-    longest_run: the most times in a row that one token was said. variety: different tokens in the newest half.
+    moved: tokens that went on to another pool. longest_run: the most times in a row that one token was said. variety: different tokens in the newest half.
     """
 
     policy: str
@@ -66,6 +66,7 @@ class Row:
     why: str
     settings: dict[str, str]
     evicted: int = 0
+    moved: int = 0
     resident: int = 0
     graphs: int = 0
     recompiles: int = 0
@@ -183,6 +184,7 @@ def write(setting: Setting, policy: Policy, sized: Policy | None = None) -> Row:
         "; ".join(wrong),
         small,
         evicted=stats["evicted"],
+        moved=sum(counts["moved"] for counts in stats["pools"].values()),
         resident=stats["resident"],
         graphs=report.graphs,
         recompiles=report.recompiles,
@@ -239,7 +241,7 @@ def again(setting: Setting, policy: Policy, babble: Row, full: Row) -> Row:
     geometry, prompt = ModelGeometry.from_config(setting.model.config), setting.prompt.shape[1]
     for larger in roomier(policy, geometry, prompt, setting.tokens):
         row = judged(attempted(setting, policy, larger), full)
-        if row.status == "ok" and (row.evicted or row.resident):
+        if row.status == "ok":
             return replace(row, why=f"at its own sizes: {babble.why}")
     return babble
 

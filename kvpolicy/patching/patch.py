@@ -20,7 +20,15 @@ from kvpolicy.patching.ahead import BACKGROUND, BackgroundCompiler
 from kvpolicy.patching.attention import PREFIX, register
 from kvpolicy.patching.caches import CacheBuilder, NoPagedCache, build_cache
 from kvpolicy.patching.changes import Journal
-from kvpolicy.patching.checks import check_forwards, check_model, check_policy, decoder_layers, decoder_of, is_rerouted
+from kvpolicy.patching.checks import (
+    check_forwards,
+    check_model,
+    check_policy,
+    decoder_layers,
+    decoder_of,
+    is_rerouted,
+    layer_devices,
+)
 from kvpolicy.patching.generic import PROMPT, STEPS, find_architecture, try_alone
 from kvpolicy.patching.hooks import LayerHook, ModelHook, StateHook, close_pass
 from kvpolicy.patching.lengths import Room
@@ -134,7 +142,7 @@ def apply(
             f"{type(model).__name__} has layers that keep a state in place of tokens, and how those are shared out by "
             "tensor parallelism is untested; load it without tp_plan"
         )
-    choose_backend(backend, model.device, geometry)
+    choose_backend(backend, model.device, geometry, len(set(layer_devices(model, architecture))))
     room = Room(max_prompt, max_new_tokens)
     room.check(policy, geometry)
     layers = decoder_layers(model, architecture)

@@ -78,7 +78,7 @@ class PolicyCache(Passes, Cache):
         self.devices = _each(device, plan.geometry.depth)
         sites = {device: Site(device, Clocks(plan, device), Moment(rotation=self.rotation)) for device in self.devices}
         self.sites, at = list(sites.values()), [sites[device] for device in self.devices]
-        self.backend, self.backend_reason = choose_backend(backend, self.device, self.own.geometry)
+        self.backend, self.backend_reason = choose_backend(backend, self.device, self.own.geometry, len(sites))
         self.governed: list[Any] = [
             (SplitLayer if layer.groups else PolicyLayer)(layer, self.own.geometry, site, self.backend, rotation, ranks)
             for site, layer in zip(map(at.__getitem__, plan.geometry.governed), self.own.layers, strict=True)

@@ -6,6 +6,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 
 import kvpolicy
+from kvpolicy.errors import UsageError
 from kvpolicy.testing.models import random_model
 from tests.invariants.policies import COVER, GEOMETRY, NAMES, loaded, tight_sizes
 from tests.patching.apart import FIRST, SECOND, Apart, Mixed, put
@@ -76,6 +77,15 @@ def test_a_model_on_two_devices_says_what_it_says_on_one(name):
     assert together.equal(alone)
     for layer in range(GEOMETRY.layers):
         assert cache.positions(layer).sort(-1).values.equal(whole.positions(layer).sort(-1).values)
+
+
+def test_kernels_stay_away():
+    """They would start on whichever device is current."""
+    with Apart():
+        with pytest.raises(UsageError, match="triton cannot run here: the layers lie on 2 devices"):
+            kvpolicy.apply(spread(), "h2o", backend="triton")
+        model = kvpolicy.apply(spread(), "h2o", **SIZES)
+        assert kvpolicy.cache_for(model, prompt=9, max_new_tokens=2).backend == "torch"
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama4_text", "lfm2"])
