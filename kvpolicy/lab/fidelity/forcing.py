@@ -1,8 +1,7 @@
 """Texts through a policy's cache under teacher forcing, held against the full cache at every place of the output.
 
 The prompt goes through prompt passes and the output through generated steps one by one, as if the model had written it:
-a policy decides at every step. Texts run as rows of one batch: what a step costs is mostly reading weights, and rows
-share that; they share nothing else.
+a policy decides at every step. Texts run as rows of one batch: rows share the price of a step, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.moment import GIVEN
 from kvpolicy.runtime.stepping import Stepper
 
 BLOCK = 64
@@ -75,13 +76,15 @@ def compare(head: Head, full: Tensor, policy: Tensor, tokens: Tensor) -> dict[st
 @dataclass(frozen=True)
 class Forcing:
     """How texts are run. prompt: the (fewest, most) tokens of any prompt, new_tokens the most of any output: every
-    batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once."""
+    batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once. by_layer:
+    which of two ways through the model they take, None: the faster (``takes_layers``)."""
 
     prompt: tuple[int, int]
     new_tokens: int
     batch: int = 8
     compile: bool | str = False
     generic: bool = False
+    by_layer: bool | None = None
 
     @classmethod
     def of(cls, texts: Sequence[Forced], **more: Any) -> Forcing:
@@ -125,33 +128,76 @@ def force(
             if cache is None or cache.plan.batch != len(rows):
                 cache = cache_for(model, prompt=how.prompt, max_new_tokens=how.new_tokens, batch=len(rows))
             cache.reset()
-            found += _Batch(model, cache, rows, full[start : start + how.batch], head, step).run()
+            by_layer = takes_layers(cache, bool(how.compile)) if how.by_layer is None else how.by_layer
+            found += _Batch(model, cache, rows, full[start : start + how.batch], head, step, by_layer).run()
     return found
 
 
-def lead(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Iterator[Tensor]:
-    """Lead texts through an empty cache, as its rows: before each place of the longest output, what ``body`` says of it
-    in every row [B, D] (overwritten by the next). A row that has ended is fed on.
+def takes_layers(cache: PolicyCache, compiled: bool) -> bool:
+    """Whether texts go through this cache layer by layer (`Lead`), or token by token through the whole model.
+
+    The first is the faster on a CPU, where the price of a step is weights to read. A GPU replays recorded steps, and a
+    step that was compiled is one of the whole model. A layer with a state in place of tokens takes its tokens singly.
+    """
+    return cache.device.type == "cpu" and not cache.states and not compiled
+
+
+class Lead:
+    """Leads texts through an empty cache, as its rows; a row that has ended is fed on.
 
     body: a patched model, which says logits, or its ``Body``, which says hidden states.
+
+    The tokens of the output are all known. So the model takes a stretch of them in one call, and each layer goes through
+    them by itself, one by one, as generated steps (runtime/given.py); or, with ``by_layer`` False, the model is called
+    for each. What is kept after each token is the same.
     """
-    device, longest = cache.device, max(len(text.output) for text in texts)
-    tokens = torch.zeros(len(texts), longest, dtype=torch.int64, device=device)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text.output)] = text.output
-    yield _prompts(body, cache, texts)
-    lengths = torch.tensor([[len(text.prompt)] for text in texts], device=device)
-    stepper = Stepper(body, cache)
-    try:
-        stepper.start(tokens[:, :1], lengths)
-        for place in range(longest - 1):
-            yield stepper.step(tokens[:, place : place + 1])
-    finally:
-        stepper.close()
+
+    def __init__(self, body: Any, cache: PolicyCache, texts: Sequence[Forced], *, by_layer: bool) -> None:
+        self.body, self.cache, self.texts, self.by_layer = body, cache, texts, by_layer
+        self.longest, device = max(len(text.output) for text in texts), cache.device
+        self.tokens = torch.zeros(len(texts), self.longest, dtype=torch.int64, device=device)
+        for row, text in enumerate(texts):
+            self.tokens[row, : len(text.output)] = text.output
+        self.lengths = torch.tensor([[len(text.prompt)] for text in texts], device=device)
+
+    def run(self, stretch: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
+        """A place of the outputs, and what the body says before this and the next ones [B, n, D], of which some may be
+        overwritten later. After each the cache stands where it does when the last of these places is asked about.
+
+        Args:
+            stretch: places at once, at the most; one also ends where a row does.
+        """
+        yield 0, _prompts(self.body, self.cache, self.texts)
+        if self.by_layer:
+            yield from self._by_layer(stretch)
+        else:
+            yield from self._by_step()
+
+    def _by_layer(self, stretch: int) -> Iterator[tuple[int, Tensor]]:
+        ends = {len(text.output) - 1 for text in self.texts} | set(range(stretch - 1, self.longest - 1, stretch))
+        for start, stop in pairwise(sorted({0} | ends)):
+            self.cache.begin(stop - start, kind=GIVEN)
+            self.cache.opened_ahead = True
+            said = self.body(
+                input_ids=self.tokens[:, start:stop],
+                position_ids=self.lengths + torch.arange(start, stop, device=self.lengths.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            yield start + 1, said.logits
+
+    def _by_step(self) -> Iterator[tuple[int, Tensor]]:
+        stepper = Stepper(self.body, self.cache)
+        try:
+            stepper.start(self.tokens[:, :1], self.lengths)
+            for place in range(self.longest - 1):
+                yield place + 1, stepper.step(self.tokens[:, place : place + 1])[:, None]
+        finally:
+            stepper.close()
 
 
 def _prompts(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Tensor:
-    """All prompts in one pass, padded on the left; what is said after each [B, D]."""
+    """All prompts in one pass, padded on the left; what is said after each [B, 1, D]."""
     ids, mask = padded([text.prompt for text in texts], 0)
     cache.expect_prompt(ids.shape[1])
     said: Tensor = body(
@@ -162,7 +208,7 @@ def _prompts(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Tensor:
         use_cache=True,
         logits_to_keep=1,
     ).logits
-    return said[:, -1]
+    return said[:, -1:]
 
 
 class _Batch:
@@ -176,20 +222,23 @@ class _Batch:
         full: Sequence[Tensor],
         head: Head,
         tell: Callable[[int], None],
+        by_layer: bool,
     ) -> None:
-        self.body, self.cache, self.texts, self.full = Body(model), cache, texts, full
+        self.lead = Lead(Body(model), cache, texts, by_layer=by_layer)
+        self.cache, self.texts, self.full = cache, texts, full
         self.head, self.tell, self.device = head, tell, model.device
         self.series = [Series(text.number, bytes=cache.bytes // len(texts)) for text in texts]
-        self.longest = max(len(text.output) for text in texts)
+        self.longest = self.lead.longest
 
     def run(self) -> list[Series]:
         block: Tensor | None = None
-        for place, states in enumerate(lead(self.body, self.cache, self.texts)):
-            block = states.new_empty(BLOCK, *states.shape) if block is None else block
-            block[place % BLOCK] = states
-            if (place + 1) % BLOCK == 0 or place + 1 == self.longest:
-                self._compare(block, place - place % BLOCK, place + 1)
-            self._count([row for row, text in enumerate(self.texts) if len(text.output) == place + 1])
+        for start, states in self.lead.run(BLOCK):
+            stop = start + states.shape[1]
+            block = states.new_empty(len(states), BLOCK, states.shape[2]) if block is None else block
+            block[:, start % BLOCK : (stop - 1) % BLOCK + 1] = states
+            if stop % BLOCK == 0 or stop == self.longest:
+                self._compare(block, (stop - 1) // BLOCK * BLOCK, stop)
+            self._count([row for row, text in enumerate(self.texts) if len(text.output) == stop])
         return self.series
 
     def _compare(self, block: Tensor, start: int, stop: int) -> None:
@@ -200,7 +249,7 @@ class _Batch:
             if stop_here <= start:
                 continue
             places = slice(start, stop_here)
-            told = block[: stop_here - start, row]
+            told = block[row, : stop_here - start]
             compared = compare(
                 self.head, self.full[row][places].to(self.device), told, text.output[places].to(self.device)
             )
