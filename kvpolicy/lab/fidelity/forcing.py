@@ -7,7 +7,7 @@ a policy decides at every step. Texts run as rows of one batch: rows share the p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvpolicy.lab.compare.running import padded
 from kvpolicy.lab.fidelity.full_cache import Body, Forced, Head
+from kvpolicy.lab.fidelity.mass import EVERY, Mass
 from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for
@@ -29,6 +30,9 @@ BLOCK = 64
 
 MEASURES = ("kl", "top1", "nll", "full_nll")
 
+MASS = "mass"
+"""Measured at some places alone (``mass.py``), which are counted apart."""
+
 
 @dataclass
 class Series:
@@ -37,12 +41,15 @@ class Series:
     count: places of each block. sums: of each measure over a block: ``kl``, KL(full cache || policy) in nats; ``top1``,
     whether both put the same token first; ``nll`` and ``full_nll``, the negative log likelihood of the text's token
     under the policy and under the full cache, in nats.
-    evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of the cache.
+    mass, mass_count: by block, the sum of the attention mass kept over the places where it was measured, and how many
+    these are. evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of the cache.
     """
 
     number: int
     count: list[int] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in MEASURES})
+    mass: list[float] = field(default_factory=list)
+    mass_count: list[int] = field(default_factory=list)
     evicted: int = 0
     resident: int = 0
     bytes: int = 0
@@ -61,6 +68,14 @@ class Series:
         for name, values in compared.items():
             self.sums[name].append(float(values.double().sum()))
 
+    def add_mass(self, by_place: Mapping[int, float]) -> None:
+        """The mass kept by place of the output; those behind the text's end are another's."""
+        self.mass, self.mass_count = [0.0] * len(self.count), [0] * len(self.count)
+        for place, mass in by_place.items():
+            if place < self.places:
+                self.mass[place // BLOCK] += mass
+                self.mass_count[place // BLOCK] += 1
+
 
 def compare(head: Head, full: Tensor, policy: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """By measure, a number for each place [n], from hidden states [n, D] and the text's tokens [n]."""
@@ -77,7 +92,8 @@ def compare(head: Head, full: Tensor, policy: Tensor, tokens: Tensor) -> dict[st
 class Forcing:
     """How texts are run. prompt: the (fewest, most) tokens of any prompt, new_tokens the most of any output: every
     batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once. by_layer:
-    which of two ways through the model they take, None: the faster (``takes_layers``)."""
+    which of two ways through the model they take, None: the faster (``takes_layers``). mass_every: of so many places, at one the attention mass kept
+    is measured, 0: nowhere; nor where steps are compiled."""
 
     prompt: tuple[int, int]
     new_tokens: int
@@ -85,6 +101,7 @@ class Forcing:
     compile: bool | str = False
     generic: bool = False
     by_layer: bool | None = None
+    mass_every: int = EVERY
 
     @classmethod
     def of(cls, texts: Sequence[Forced], **more: Any) -> Forcing:
@@ -129,7 +146,8 @@ def force(
                 cache = cache_for(model, prompt=how.prompt, max_new_tokens=how.new_tokens, batch=len(rows))
             cache.reset()
             by_layer = takes_layers(cache, bool(how.compile)) if how.by_layer is None else how.by_layer
-            found += _Batch(model, cache, rows, full[start : start + how.batch], head, step, by_layer).run()
+            every = 0 if how.compile else how.mass_every
+            found += _Batch(model, cache, rows, full[start : start + how.batch], head, step, by_layer, every).run()
     return found
 
 
@@ -223,14 +241,25 @@ class _Batch:
         head: Head,
         tell: Callable[[int], None],
         by_layer: bool,
+        mass_every: int,
     ) -> None:
         self.lead = Lead(Body(model), cache, texts, by_layer=by_layer)
-        self.cache, self.texts, self.full = cache, texts, full
+        self.cache, self.texts, self.full, self.mass_every = cache, texts, full, mass_every
         self.head, self.tell, self.device = head, tell, model.device
         self.series = [Series(text.number, bytes=cache.bytes // len(texts)) for text in texts]
         self.longest = self.lead.longest
 
     def run(self) -> list[Series]:
+        if not self.mass_every:
+            self._run()
+            return self.series
+        with Mass(self.cache, self.mass_every) as mass:
+            self._run()
+        for row, series in enumerate(self.series):
+            series.add_mass({place: float(by_row[row]) for place, by_row in mass.by_place.items()})
+        return self.series
+
+    def _run(self) -> None:
         block: Tensor | None = None
         for start, states in self.lead.run(BLOCK):
             stop = start + states.shape[1]
@@ -239,7 +268,6 @@ class _Batch:
             if stop % BLOCK == 0 or stop == self.longest:
                 self._compare(block, (stop - 1) // BLOCK * BLOCK, stop)
             self._count([row for row, text in enumerate(self.texts) if len(text.output) == stop])
-        return self.series
 
     def _compare(self, block: Tensor, start: int, stop: int) -> None:
         """Hold the places [start, stop) of every row that reaches so far against the full cache."""

@@ -19,7 +19,7 @@ from kvpolicy.lab.compare.arms import Arm, Bound, bound, leaves_unread
 from kvpolicy.lab.compare.rows import Row, append, digest, read
 from kvpolicy.lab.compare.running import versions
 from kvpolicy.lab.dataset import Text, need_outputs
-from kvpolicy.lab.fidelity.forcing import BLOCK, Forcing, Series, force
+from kvpolicy.lab.fidelity.forcing import BLOCK, MASS, Forcing, Series, force
 from kvpolicy.lab.fidelity.full_cache import Forced, Head, force_ids, full_states
 from kvpolicy.lab.running import plan_for
 from kvpolicy.models.processes import processes
@@ -170,11 +170,17 @@ class Fidelity:
 
 
 def measures(series: Series) -> dict[str, list[float]]:
-    """As a row keeps them: the first place of each block, its places, and the mean of each measure over them."""
+    """As a row keeps them: the first place of each block, its places, and the mean of each measure over them; of the
+    attention mass kept, where it was measured, the mean over ``mass_places`` of them."""
     kept: dict[str, list[float]] = {
         "positions": [number * BLOCK for number in range(len(series.count))],
         "places": [float(count) for count in series.count],
     }
     for name, sums in series.sums.items():
         kept[name] = [float(f"{total / count:.6g}") for total, count in zip(sums, series.count, strict=True)]
+    if series.mass_count:
+        kept["mass_places"] = [float(count) for count in series.mass_count]
+        kept[MASS] = [
+            float(f"{total / max(1, count):.6g}") for total, count in zip(series.mass, series.mass_count, strict=True)
+        ]
     return kept
