@@ -68,7 +68,8 @@ class Cell:
 class Run:
     """A model and what is asked of it; ``rows`` grow, and ``refused`` names arms that cannot run, with the reason.
 
-    name: what the model is called in rows. path: where rows are kept, and from where they are taken up again.
+    name: what the model is called in rows. path: where rows are kept, and from where they are taken up again. known:
+    rows of other runs that count as well; those that this one would make are copied into its file.
     """
 
     model: Any
@@ -77,6 +78,7 @@ class Run:
     options: Options
     path: Path | None = None
     tell: Callable[[int, int, str], None] = lambda done, total, what: None
+    known: Sequence[Row] = ()
     rows: list[Row] = field(default_factory=list)
     refused: dict[tuple[str, str, int | None], str] = field(default_factory=dict)
     taken_up: int = 0
@@ -93,7 +95,8 @@ class Run:
             ModelError: a text would be longer than the model's.
         """
         here = processes()
-        known = here.told(lambda: {row.key: row for row in read(self.path)} if self.path else {})
+        own = here.told(lambda: {row.key: row for row in read(self.path)} if self.path else {})
+        known = {row.key: row for row in self.known} | own
         cells = []
         for task in tasks:
             for cell in self._cells(task, arms):
@@ -103,6 +106,8 @@ class Run:
                 left = [question for question in cell.questions if old[question.item.number] is None]
                 cells += [replace(cell, questions=part) for part in _parts(left, self.options.batch)]
         self.taken_up = len(self.rows)
+        if self.path is not None and here.first and (more := [row for row in self.rows if row.key not in own]):
+            append(self.path, more)
         for start in range(0, len(cells), here.count):
             now = cells[start : start + here.count]
             self.tell(start, len(cells), f"{now[0].task.name}: {now[0].bound.arm.name}")
