@@ -175,8 +175,8 @@ class Passes:
         and through them by itself."""
         if not 1 <= columns <= self.plan.max_new_tokens - self.clocks.host_t:
             raise CacheError(
-                f"this cache was planned for {self.plan.max_new_tokens} generated tokens, has {self.clocks.host_t}, and "
-                f"cannot take {columns} more; plan for more (max_new_tokens)"
+                f"this cache was planned for {self.plan.max_new_tokens} generated tokens, has {self.clocks.host_t}, "
+                f"and cannot take {columns} more; plan for more (max_new_tokens)"
             )
         before = [tuple(tensor.clone() for tensor in site.clocks.tensors()) for site in self.sites]
         steps = []

@@ -1,7 +1,8 @@
 """Texts taken layer by layer: what is kept and what comes out is what one step after the other through the model gives,
 for every policy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -62,9 +63,10 @@ def led(
     model, tokenizer = tiny()
     with applied(model, policy, special_tokens=tokenizer):
         kept = cache_for(model, prompt=(PROMPT - 14, PROMPT), max_new_tokens=NEW, batch=3)
-        with Mass(kept, every or NEW) as mass:
-            lead = Lead(Body(model), kept, texts(), by_layer=by_layer)
-            said = torch.cat([states.clone() for _, states in lead.run(stretch)], 1)
+        lead = Lead(Body(model), kept, texts(), by_layer=by_layer)
+        mass = Mass(kept, every or NEW)
+        with mass if every else nullcontext():
+            said = torch.cat([states.clone() for _, states in lead.run(11)], 1)
     return said, kept, mass.by_place
 
 
@@ -95,14 +97,20 @@ def test_layer_by_layer_is_step_by_step(name: str) -> None:
 
 
 @pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Clocks that do not go back for the next layer."""
-    monkeypatch.setattr(Clocks, "stand_at", lambda self, before: None)
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clocks that do not go back far enough for the next layer: it begins a token late."""
+    back = Clocks.stand_at
+
+    def almost(self: Clocks, before: Sequence[Tensor]) -> None:
+        back(self, before)
+        self.advance()
+
+    monkeypatch.setattr(Clocks, "stand_at", almost)
     yield
 
 
 @pytest.mark.parametrize("name", ["h2o", "raas-compressed-prompt"])
-def test_layers_that_do_not_go_back_in_time_are_caught(name: str, forgetful: None) -> None:
+def test_a_layer_that_begins_a_token_late_is_caught(name: str, late: None) -> None:
     assert not same(led(small(name), True), led(small(name), False))
 
 

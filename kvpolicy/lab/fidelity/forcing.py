@@ -21,6 +21,7 @@ from kvpolicy.lab.fidelity.mass import EVERY, Mass
 from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for
+from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.moment import GIVEN
 from kvpolicy.runtime.stepping import Stepper
@@ -42,7 +43,8 @@ class Series:
     whether both put the same token first; ``nll`` and ``full_nll``, the negative log likelihood of the text's token
     under the policy and under the full cache, in nats.
     mass, mass_count: by block, the sum of the attention mass kept over the places where it was measured, and how many
-    these are. evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of the cache.
+    these are. evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of
+    the cache.
     """
 
     number: int
@@ -92,8 +94,8 @@ def compare(head: Head, full: Tensor, policy: Tensor, tokens: Tensor) -> dict[st
 class Forcing:
     """How texts are run. prompt: the (fewest, most) tokens of any prompt, new_tokens the most of any output: every
     batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once. by_layer:
-    which of two ways through the model they take, None: the faster (``takes_layers``). mass_every: of so many places, at one the attention mass kept
-    is measured, 0: nowhere; nor where steps are compiled."""
+    which of two ways through the model they take, None: the faster (``takes_layers``). mass_every: of so many places,
+    at one the attention mass kept is measured, 0: nowhere; nor where steps are compiled."""
 
     prompt: tuple[int, int]
     new_tokens: int
@@ -131,6 +133,9 @@ def force(
         UsageError, ModelError, PolicyError: the policy cannot run on this model, or on these lengths.
     """
     head, done, began = Head(model), 0, time.perf_counter()
+    geometry = ModelGeometry.from_config(model.config)
+    fast = takes_layers(model.device, geometry, bool(how.compile))
+    by_layer, every = fast if how.by_layer is None else how.by_layer, 0 if how.compile else how.mass_every
 
     def step(tokens: int) -> None:
         nonlocal done
@@ -145,19 +150,18 @@ def force(
             if cache is None or cache.plan.batch != len(rows):
                 cache = cache_for(model, prompt=how.prompt, max_new_tokens=how.new_tokens, batch=len(rows))
             cache.reset()
-            by_layer = takes_layers(cache, bool(how.compile)) if how.by_layer is None else how.by_layer
-            every = 0 if how.compile else how.mass_every
-            found += _Batch(model, cache, rows, full[start : start + how.batch], head, step, by_layer, every).run()
+            full_here = full[start : start + how.batch]
+            found += _Batch(model, cache, rows, full_here, head, step, by_layer, every).run()
     return found
 
 
-def takes_layers(cache: PolicyCache, compiled: bool) -> bool:
-    """Whether texts go through this cache layer by layer (`Lead`), or token by token through the whole model.
+def takes_layers(device: torch.device, geometry: ModelGeometry, compiled: bool) -> bool:
+    """Whether texts go through a model layer by layer (`Lead`), or token by token through all of it.
 
     The first is the faster on a CPU, where the price of a step is weights to read. A GPU replays recorded steps, and a
     step that was compiled is one of the whole model. A layer with a state in place of tokens takes its tokens singly.
     """
-    return cache.device.type == "cpu" and not cache.states and not compiled
+    return device.type == "cpu" and not geometry.states and not compiled
 
 
 class Lead:
@@ -165,9 +169,9 @@ class Lead:
 
     body: a patched model, which says logits, or its ``Body``, which says hidden states.
 
-    The tokens of the output are all known. So the model takes a stretch of them in one call, and each layer goes through
-    them by itself, one by one, as generated steps (runtime/given.py); or, with ``by_layer`` False, the model is called
-    for each. What is kept after each token is the same.
+    The tokens of the output are all known. So the model takes a stretch of them in one call, and each layer goes
+    through them by itself, one by one, as generated steps (runtime/given.py); or, with ``by_layer`` False, the model is
+    called for each. What is kept after each token is the same.
     """
 
     def __init__(self, body: Any, cache: PolicyCache, texts: Sequence[Forced], *, by_layer: bool) -> None:

@@ -150,7 +150,8 @@ class PolicyLM(HFLM):
         cache = cache_for(self.model, prompt=(min(prompts), max(prompts)), max_new_tokens=steps, batch=len(texts))
         tokens = torch.stack([text.output for text in texts]).to(self.device)
         scores, equal = [], []
-        lead = Lead(self.model, cache, texts, by_layer=takes_layers(cache, self.compiled))
+        by_layer = takes_layers(cache.device, cache.plan.geometry, self.compiled)
+        lead = Lead(self.model, cache, texts, by_layer=by_layer)
         for place, logits in lead.run(AT_ONCE):
             said, token = logits.float().log_softmax(-1), tokens[:, place : place + logits.shape[1]]
             scores.append(said.gather(-1, token[..., None])[..., 0])
