@@ -25,8 +25,8 @@ def asked(dataset: Path, *more: str) -> list[str]:
 
 
 def test_the_table_the_rows_and_the_pictures(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows, table, plot = tmp_path / "rows.jsonl", tmp_path / "table.csv", tmp_path / "plot.png"
-    files = ["--save", str(rows), "--csv", str(table), "--png", str(plot)]
+    rows, table, plot, page = (tmp_path / name for name in ("rows.jsonl", "table.csv", "plot.png", "page.html"))
+    files = ["--save", str(rows), "--csv", str(table), "--png", str(plot), "--html", str(page)]
     assert main(asked(dataset, *files)) == 0
     shown = capsys.readouterr()
     assert "KL, nats" in shown.out and "random-unpinned" in shown.out
@@ -36,10 +36,18 @@ def test_the_table_the_rows_and_the_pictures(dataset: Path, tmp_path: Path, caps
     assert {line["policy"] for line in lines} == {"dense", "h2o", "window", "random-unpinned"}
     assert all(float(line["low"]) <= float(line["value"]) <= float(line["high"]) for line in lines)
     assert plot.read_bytes().startswith(b"\x89PNG")
+    written = page.read_text()
+    for title in ("By budget", "Along the output, at 16 tokens", "All numbers", "Mass kept:", "h2o at 16: "):
+        assert title in written
+    assert "2 texts: intervals say how these vary" in written and "<script" not in written
     assert main(asked(dataset, "--save", str(rows), "--json")) == 0
     told = capsys.readouterr()
     assert "8 of 8 results were in" in told.err
-    assert {entry["label"] for entry in json.loads(told.out)["entries"]} >= {"dense", "h2o"}
+    report = json.loads(told.out)
+    assert {entry["label"] for entry in report["entries"]} >= {"dense", "h2o"}
+    assert report["way"] == "layer by layer"
+    by_name = {entry["label"]: entry for entry in report["entries"]}
+    assert by_name["dense"]["mass"]["value"] == 1 > by_name["h2o"]["mass"]["value"] > 0.1
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def test_every_text_is_a_row_for_every_arm() -> None:
     for row in rows:
         assert row.task == "fidelity" and not row.right and row.new_tokens == 72
         assert row.measures["positions"] == [0, 64] and row.measures["places"] == [64, 8]
-        assert row.worked == (row.budget == 24)
+        assert row.measures["mass_places"] == [4, 1] and all(0 < mass <= 1 for mass in row.measures["mass"])
+        assert row.worked == (row.budget == 24) == (min(row.measures["mass"]) < 0.999)
 
 
 def test_the_report_holds_arms_against_the_full_cache() -> None:
@@ -65,7 +66,10 @@ def test_the_report_holds_arms_against_the_full_cache() -> None:
     assert full.said["kl"]["value"] < 1e-6 and full.said["top1"]["value"] == 1
     assert small.said["kl"]["value"] > 0.01 and small.said["perplexity"]["value"] > full.said["perplexity"]["value"]
     assert small.said["kl"]["low"] < small.said["kl"]["value"] < small.said["kl"]["high"]
-    assert [(part["from"], part["to"]) for part in small.said["curves"]["kl"]] == [(0, 64), (64, 72)]
+    for curve in small.said["curves"].values():
+        assert [(part["from"], part["to"]) for part in curve] == [(0, 64), (64, 72)]
+    assert full.said["mass"]["value"] == pytest.approx(1, abs=1e-6)
+    assert small.said["mass"]["low"] < small.said["mass"]["value"] < 0.9
     assert any("h2o never evicted" in doubt for doubt in doubts(list(found.values())))
     lines = {line[:2]: line for line in table([full, small, large])}
     assert lines["h2o", "–"][3] == "never evicted"

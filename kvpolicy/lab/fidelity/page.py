@@ -10,8 +10,14 @@ from kvpolicy.lab.compare.page import listed
 from kvpolicy.lab.compare.report import controls
 from kvpolicy.lab.fidelity.panels import by_budget, by_place
 from kvpolicy.lab.fidelity.report import COLUMNS, Entry, doubts, table
+from kvpolicy.lab.panels import Panel
 from kvpolicy.lab.panels_svg import figure, style
 from kvpolicy.lab.web_page import document
+
+STYLE = """.beside { display: grid; gap: 0 2rem; }
+@media (min-width: 60rem) { .beside { grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); } }
+figure { margin: 0 0 1.2rem; }
+"""
 
 NOTES = (
     "Every arm is led through the same outputs, token by token, and held against the full cache at every place.",
@@ -32,14 +38,19 @@ def page(model: str, found: Sequence[Entry], refused: Sequence[str] = (), comman
     header = f"""<h1>{escape(title)}</h1>
 <p class="faint">{texts} texts, {places:,} tokens of their outputs</p>
 {listed("Before you believe it", list(doubts(found)))}"""
-    sections = [_section("By budget", "".join(map(figure, by_budget(found))))]
+    sections = [_section("By budget", _beside(by_budget(found)))]
     for budget in sorted({entry.budget for entry in found if entry.label != FULL}, key=lambda budget: budget or 0):
         named = "at the policies’ own budgets" if budget is None else f"at {budget:,} tokens"
-        sections.append(_section(f"Along the output, {named}", "".join(map(figure, by_place(found, budget)))))
+        sections.append(_section(f"Along the output, {named}", _beside(by_place(found, budget))))
     sections.append(_section("All numbers", _table(found)))
     notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in NOTES)
     after = listed("Not run", list(refused)) + (f"<p class='faint'>{escape(command)}</p>" if command else "")
-    return document(title, header, "\n".join(sections) + notes + after, style=style())
+    return document(title, header, "\n".join(sections) + notes + after, style=style() + STYLE)
+
+
+def _beside(panels: Sequence[Panel]) -> str:
+    """Drawings beside one another where there is room; nothing where there are none."""
+    return f'<div class="beside">{"".join(map(figure, panels))}</div>' if panels else ""
 
 
 def _section(title: str, inside: str) -> str:

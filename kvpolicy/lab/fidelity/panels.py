@@ -12,11 +12,14 @@ from kvpolicy.lab.fidelity.report import Entry
 from kvpolicy.lab.panels import Line, Panel, Point, dressed
 
 MEASURED = {
-    "kl": ("KL divergence", "KL(full cache ‖ policy), nats, with 95 % intervals; lower is closer"),
-    "top1": ("Same first choice", "Places where policy and full cache put the same token first, with 95 % intervals"),
-    "mass": ("Attention mass kept", "Of the attention that queries would give to the whole text, what is left to them"),
+    "kl": ("KL divergence", "KL(full cache ‖ policy) in nats, lower is closer"),
+    "top1": ("Same first choice", "Policy and full cache put the same token first"),
+    "mass": ("Attention mass kept", "Of what queries would attend to in the whole text, the share that was left"),
 }
 """By measure, what it is called and what a picture of it says."""
+
+BUDGETS, PLACES = "budget in tokens", "last token of each part of the output"
+"""What stands under an axis."""
 
 
 def shown(found: Sequence[Entry]) -> list[Entry]:
@@ -35,7 +38,7 @@ def by_budget(found: Sequence[Entry]) -> list[Panel]:
             if name in entry.said:
                 at = budgets.index(entry.budget or 0)
                 points.setdefault(entry.label, []).append(_point(at, entry.said[name], name, entry.name))
-        panels.append(_panel(name, points, [f"{budget:,}" for budget in budgets], "budget (tokens)"))
+        panels.append(_panel(name, points, [f"{budget:,}" for budget in budgets], BUDGETS))
     return [panel for panel in panels if panel.lines]
 
 
@@ -51,7 +54,7 @@ def by_place(found: Sequence[Entry], budget: int | None) -> list[Panel]:
             for label, curve in curves.items()
         }
         places = [f"{part['to']:,}" for part in longest]
-        panels.append(_panel(name, points, places, "tokens of the output, up to"))
+        panels.append(_panel(name, points, places, PLACES))
     return [panel for panel in panels if panel.lines]
 
 
@@ -63,6 +66,7 @@ def _panel(name: str, points: dict[str, list[Point]], places: Sequence[str], acr
     title, caption = MEASURED[name]
     shares = name != "kl"
     top = 1.0 if shares else _round_up(max((point.high for line in points.values() for point in line), default=1.0))
+    caption = f"{caption}; by {across}, with 95 % intervals"
     return Panel(title, caption, tuple(places), across, tuple(_lines(points)), top=top, shares=shares)
 
 

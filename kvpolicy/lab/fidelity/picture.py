@@ -22,8 +22,9 @@ LEAST = 1e-4
 
 
 def picture(model: str, found: Sequence[Entry]) -> bytes:
-    """The picture, as the bytes of a PNG file: KL and top-1 agreement by place; a colour for each policy, a line style
-    for each budget, and the interval as a band. Arms that did nothing are left out.
+    """The picture, as the bytes of a PNG file: KL, top-1 agreement and, where it was measured, the attention mass kept
+    by place; a colour for each policy, a line style for each budget, and the interval as a band. Arms that did nothing
+    are left out.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -32,10 +33,11 @@ def picture(model: str, found: Sequence[Entry]) -> bytes:
     from matplotlib.figure import Figure
 
     shown = [entry for entry in found if entry.label != FULL and entry.worked]
-    figure = Figure(figsize=(11, 4.8), dpi=DPI, layout="constrained")
+    weighed = bool(shown) and all("mass" in entry.said for entry in shown)
+    figure = Figure(figsize=(14 if weighed else 11, 4.8), dpi=DPI, layout="constrained")
     texts = max(entry.said["texts"] for entry in found)
     figure.suptitle(f"{model}: against the full cache on {texts} given texts, with 95 % intervals", fontsize=11)
-    left, right = figure.subplots(1, 2)
+    left, right, *last = figure.subplots(1, 3 if weighed else 2)
     _panel(left, shown, "kl", 1)
     left.set_yscale("log")
     left.set_ylim(bottom=LEAST)
@@ -43,6 +45,10 @@ def picture(model: str, found: Sequence[Entry]) -> bytes:
     _panel(right, shown, "top1", 100)
     right.set_ylim(top=101)
     right.set_title("same first choice, %", fontsize=10, loc="left")
+    for axes in last:
+        _panel(axes, shown, "mass", 100)
+        axes.set_ylim(0, 101)
+        axes.set_title("attention mass kept, %", fontsize=10, loc="left")
     handles, labels = left.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
