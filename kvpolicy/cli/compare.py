@@ -36,7 +36,7 @@ EPILOG = (
 )
 
 DEFAULT_MODEL = "builtin:tiny"
-FIRST_CHOICE = ("passkey", "phrase")
+FIRST_CHOICE = ("passkey", "phrase", "chain")
 """The task that runs where none is named: the first that the model has words for."""
 
 Policies = Annotated[
