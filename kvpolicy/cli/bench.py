@@ -216,10 +216,7 @@ def finish(report: Report, files: Files, json: bool) -> None:
         save(files.save, told)
         output.note(f"saved {escape(str(files.save))}")
     if files.plot is not None:
-        try:
-            files.plot.write_bytes(picture(report))
-        except OSError as error:
-            raise UsageError(f"cannot write {files.plot}: {error.strerror}") from None
+        output.write_bytes(files.plot, picture(report))
         output.note(f"wrote {escape(str(files.plot))}")
     if found is not None and found.worse:
         worst = min(found.worse, key=lambda change: change.change)

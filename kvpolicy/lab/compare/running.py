@@ -119,10 +119,8 @@ class Run:
 
     def _cells(self, task: Task, arms: Sequence[Arm]) -> Iterator[Cell]:
         """A task under each arm that can run it, its params found for the longest of its texts."""
-        items = task.make(self.options.count, self.options.seed, self.options.size)
-        questions = [self._question(item) for item in items]
-        prompt = max(len(question.ids) for question in questions)
-        limit = self.options.new_tokens or max(task.new_tokens(item) for item in items)
+        questions = self.questions(task)
+        prompt, limit = self._lengths(task, questions)
         plan_for(self.model, arms[0].policy, prompt, limit)  # refuses what is too long for the model itself
         seen: set[str] = set()
         for arm in arms:
@@ -134,6 +132,18 @@ class Run:
             if (key := f"{found.policy.digest} {arm.budget}") not in seen:
                 seen.add(key)
                 yield Cell(found, task, questions, limit)
+
+    def questions(self, task: Task) -> list[Question]:
+        """A task's items as the model reads them. Raises UsageError where it has no tokens for its words."""
+        return [self._question(item) for item in task.make(self.options.count, self.options.seed, self.options.size)]
+
+    def lengths(self, task: Task) -> tuple[int, int]:
+        """Tokens of a task's longest prompt, and new ones at the most. Raises UsageError, see ``questions``."""
+        return self._lengths(task, self.questions(task))
+
+    def _lengths(self, task: Task, questions: Sequence[Question]) -> tuple[int, int]:
+        limit = self.options.new_tokens or max(task.new_tokens(question.item) for question in questions)
+        return max(len(question.ids) for question in questions), limit
 
     def reads(self, task: Task) -> bool:
         """Whether the model has tokens for the words of a task."""

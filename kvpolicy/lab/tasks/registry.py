@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -40,8 +40,15 @@ def tasks() -> Mapping[str, Task]:
     return dict(sorted(found.items()))
 
 
-def task_named(name: str) -> Task:
-    """The task of this name. Raises UsageError where there is none."""
+def task_named(name: str, others: Sequence[str] = ()) -> Task:
+    """The task of this name.
+
+    Args:
+        others: names that --tasks knows besides, for the message.
+
+    Raises:
+        UsageError: there is none.
+    """
     if name not in tasks():
-        raise UsageError(f"--tasks {name!r}: {nearest(name, list(tasks()))}")
+        raise UsageError(f"--tasks {name!r}: {nearest(name, [*tasks(), *others])}")
     return tasks()[name]
