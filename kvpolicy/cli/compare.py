@@ -129,6 +129,9 @@ def run(
             return load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
 
     if suite is not None:
+        from kvpolicy.lab.bench.quiet import quiet_profiler
+
+        quiet_profiler()
         suites.refuse({"--save": save, "--csv": csv, "--png": png, "--dataset": dataset, "--set": settings}, True)
         from kvpolicy.lab.compare.running import Options
 

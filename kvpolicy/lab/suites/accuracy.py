@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from kvpolicy.lab.bench.tables import Table
 from kvpolicy.lab.compare import rows as row_files
 from kvpolicy.lab.compare.arms import FULL, Arm
 from kvpolicy.lab.compare.curves import point
 from kvpolicy.lab.compare.report import Entry, Report, controls, report
 from kvpolicy.lab.compare.rows import Row
 from kvpolicy.lab.compare.running import Run
-from kvpolicy.lab.compare.tables import refusals, tables
+from kvpolicy.lab.compare.statistics import interval
+from kvpolicy.lab.compare.tables import percent, refusals, tables
 from kvpolicy.lab.compare.verdicts import verdicts
 from kvpolicy.lab.panels import Panel, dressed
 from kvpolicy.lab.suites.arms import series
@@ -169,6 +171,7 @@ class Accuracy(Experiment):
             [self._panel(told, marks)],
             findings=[claim.judged(marks) for claim in self.claims],
             doubts=list(verdicts(told, own)),
+            grid=_grid(marks, self.axis),
         )
 
     def _panel(self, told: Report, marks: Marks) -> Panel:
@@ -197,6 +200,21 @@ class Accuracy(Experiment):
             tuple(lines),
             point(0, told.entries[0]),
         )
+
+
+def _grid(marks: Marks, axis: Axis) -> Table:
+    """Scores with their intervals, a line for each series."""
+
+    def cell(rows: Sequence[Row] | None) -> str:
+        if not rows:
+            return "–"
+        found = interval([(sum(row.right), len(row.right)) for row in rows])
+        return f"{percent(found.share)} ({percent(found.low)}–{percent(found.high)})"
+
+    columns = [axis.across, *(axis.words(place) for place in marks.places)]
+    lines = [["full cache", *[cell(marks.full)] * len(marks.places)]]
+    lines += [[name, *(cell(marks.of.get((name, place))) for place in marks.places)] for name in marks.names]
+    return Table("Percent of right answers (in brackets: 95 %)", columns, lines)
 
 
 def _named(entry: Entry) -> Entry:

@@ -7,6 +7,7 @@ and pictures can be made again without a model.
 from __future__ import annotations
 
 import json
+import lzma
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,13 +48,15 @@ class Heat:
 
 @dataclass
 class Found:
-    """What rows say. ``doubts``: what to know before it is believed; ``refused``: what could not run, and why."""
+    """What rows say. ``doubts``: what to know before it is believed; ``grid``: the scores alone, series by places;
+    ``upright``: what the panels' values are."""
 
     tables: list[Table] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
     heats: list[Heat] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    grid: Table | None = None
     upright: str = "right answers"
 
 
@@ -143,21 +146,27 @@ class Suite:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file; none where there is no file. A last line that was not finished is left out.
+    """Rows of a file, or of its packed form; none where there is neither. A last line without an end is left out.
 
     Raises:
         UsageError: it cannot be read, or is something else.
     """
-    if not path.exists():
+    packed = packed_name(path)
+    if not path.exists() and not packed.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        text = path.read_bytes() if path.exists() else lzma.decompress(packed.read_bytes())
+        rows = [json.loads(line) for line in text.decode().split("\n")[:-1]]
+    except (OSError, ValueError, lzma.LZMAError):
         raise UsageError(f"{path} holds no rows of a suite; give another folder, or remove it") from None
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} holds no rows of a suite; give another folder, or remove it")
     return rows
+
+
+def packed_name(path: Path) -> Path:
+    """Where the rows of a file lie once they are packed."""
+    return path.with_name(f"{path.name}.xz")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -15,13 +15,13 @@ from kvpolicy.errors import PolicyError, UsageError
 from kvpolicy.lab.bench.tables import Table
 from kvpolicy.lab.compare.arms import Arm, bound
 from kvpolicy.lab.compare.running import Run
-from kvpolicy.lab.fidelity.forcing import lead
 from kvpolicy.lab.fidelity.full_cache import Forced
 from kvpolicy.lab.grid import edges, sampled
 from kvpolicy.lab.suites.base import Experiment, Found, Heat, Lab, Rows, Tell, append_row, read_rows
 from kvpolicy.lab.suites.claims import Finding, Word
 from kvpolicy.patching import applied, cache_for
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.stepping import Stepper
 
 MOMENTS, CELLS = 64, 64
 """Moments and stretches of the text that are kept of a course."""
@@ -93,7 +93,7 @@ def course(lab: Lab, arm: Arm, text: Forced) -> dict[str, Any]:
     of_prompt: list[float] = []
     with applied(lab.model, found.policy, compile=False, special_tokens=lab.tokenizer, generic=lab.options.generic):
         cache = cache_for(lab.model, prompt=prompt, max_new_tokens=steps)
-        for step, _ in enumerate(lead(lab.model, cache, [text])):
+        for step in _led(lab.model, cache, text):
             if step in moments:
                 held = shares(cache, tokens)
                 cells.append(_cells(held, cut, prompt + step))
@@ -102,6 +102,16 @@ def course(lab: Lab, arm: Arm, text: Forced) -> dict[str, Any]:
         "label": arm.name, "settings": dict(found.settings), "prompt_tokens": prompt, "steps": steps, "tokens": tokens,
         "held": found.held, "of_prompt": [round(share, 4) for share in of_prompt], "cells": cells,
     }  # fmt: skip
+
+
+def _led(model: Any, cache: PolicyCache, text: Forced) -> Iterator[int]:
+    """The text through an empty cache, its output token by token; yields how many of these are in it."""
+    model(text.prompt[None].to(cache.device), past_key_values=cache, logits_to_keep=1)
+    yield 0
+    stepper = Stepper(model, cache)
+    for step, token in enumerate(text.output[:-1], 1):
+        stepper.step(token.to(cache.device)[None, None])
+        yield step
 
 
 def shares(cache: PolicyCache, tokens: int) -> Tensor:

@@ -17,7 +17,7 @@ from kvpolicy.lab.compare.running import versions
 from kvpolicy.lab.suites.base import Experiment, Found, Lab, Suite, Tell, read_rows
 from kvpolicy.language.vocabulary import nearest
 
-SUITES = ("raas", "scope", "evidence")
+SUITES = ("evidence", "raas", "scope")
 """Modules of this package with a ``SUITE``."""
 
 ABOUT = "about.json"
