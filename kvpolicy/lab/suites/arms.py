@@ -32,7 +32,7 @@ def policy_named(name: str) -> Policy:
     return load_policy(str(files("kvpolicy.lab.suites") / "policies" / f"{name}.yaml"))
 
 
-def arm(lab: Lab, name: str, budget: int | None, label: str = "", **given: object) -> Arm:
+def arm(lab: Lab, name: str, budget: int | None, label: str = "", /, **given: object) -> Arm:
     """A policy at a budget, its params fitted to this text but for those that are given."""
     policy = policy_named(name)
     return Arm(label or name, policy, budget, fitted(lab, policy) | {key: str(value) for key, value in given.items()})

@@ -29,11 +29,11 @@ What is claimed of policies, judged by what came out here, whatever it was. All 
 ([compare.md](compare.md#suites)).
 """
 
-RULE = f"""A claim is about a difference of right answers on the same items. It **holds** where the whole 95 % interval
-of that difference (Student's, over items) lies on the claim's side, **does not hold** where all of it lies on the other,
-and **cannot be told** where it lies across, or where the full cache itself is right less often than the claim needs. "As
-good" and "within" mean no more than {100 * POINTS:.0f} points below; "falls off" more than {100 * POINTS:.0f} below. A
-claim about every budget holds where it holds at each, one about some budget where it holds at one.
+RULE = f"""A claim is about a difference of right answers on the same items. It **holds** where the whole 95 %
+interval of that difference (Student's, over items) lies on the claim's side, **does not hold** where all of it lies on
+the other, and **cannot be told** where it lies across, or where the full cache itself is right less often than the
+claim needs. "As good" and "within" mean no more than {100 * POINTS:.0f} points below; "falls off" more than that below.
+A claim about every budget holds where it holds at each, one about some budget where it holds at one.
 """
 
 NO_FIDELITY = "Nothing has been measured yet."
@@ -61,7 +61,8 @@ def _made(told: dict[str, Outcome]) -> str:
         machine = about["machine"]
         lines.append(
             f"- `{about['command']}`: {origin(about)}, {machine['device']}, {plural(machine['threads'], 'thread')}, "
-            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time (rows in [evidence/{name}](evidence/{name}))"
+            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time (rows in "
+            f"[evidence/{name}](evidence/{name}))"
         )
     return "\n".join(lines)
 

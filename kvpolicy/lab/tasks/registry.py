@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 import kvpolicy.lab.tasks
 from kvpolicy.errors import UsageError
 from kvpolicy.lab.tasks.base import Task
+from kvpolicy.lab.tasks.gym import PREFIX, gym_task
 from kvpolicy.language.signals import loaded
 from kvpolicy.language.vocabulary import nearest
 
@@ -48,7 +49,10 @@ def task_named(name: str, others: Sequence[str] = ()) -> Task:
 
     Raises:
         UsageError: there is none.
+        MissingExtra: it needs a package that is not installed.
     """
+    if name.startswith(PREFIX):
+        return gym_task(name)
     if name not in tasks():
         raise UsageError(f"--tasks {name!r}: {nearest(name, [*tasks(), *others])}")
     return tasks()[name]
