@@ -114,7 +114,7 @@ def run(
 ) -> None:
     """Search a policy's params, on recorded attention and then on the model, and write the policy that suits best."""
     goal = _goal(memory, agreement)
-    given = _given(spec, parse_settings(settings))
+    given = _given(spec, parse_settings(settings), only or ())
     wanted = _texts(prompt, file, dataset, texts, model, spec)
     asked = read_layers(layers)
     target = to or Path(f"{given.policy.name}-tuned.yaml")
@@ -164,10 +164,15 @@ def _goal(memory: str | None, agreement: str | None) -> Goal:
     return Goal(agreement=share)
 
 
-def _given(spec: str, settings: dict[str, str]) -> Given:
+def _given(spec: str, settings: dict[str, str], only: Sequence[str]) -> Given:
+    """The policy; what cannot be set or searched is refused. Raises PolicyError, UsageError."""
+    from kvpolicy.lab.tune.space import check_names
+
     text, filename = fetch(spec)
-    loads_policy(text, filename, settings)  # refuses what cannot be set
-    return Given(text, filename, loads_policy(text, filename), settings)
+    loads_policy(text, filename, settings)
+    policy = loads_policy(text, filename)
+    check_names(policy, settings, only)
+    return Given(text, filename, policy, settings)
 
 
 def _texts(

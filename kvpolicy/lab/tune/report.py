@@ -112,17 +112,13 @@ def _doubts(run: Tuning, chosen: Tried) -> Iterator[str]:
         yield "NOTHING WAS EVICTED under what was chosen: at these lengths it is the full cache."
     if chosen.bytes > run.full:
         yield "What was chosen takes more memory than the full cache, for its notes about tokens."
-    if (
-        chosen.found.agreement.low < 1
-        and run.goal.agreement is not None
-        and chosen.found.agreement.low < run.goal.agreement
-    ):
+    if run.goal.agreement is not None and chosen.found.agreement.low < run.goal.agreement:
         yield (
             f"On other texts the agreement may be as low as {chosen.found.agreement.low:.1%}: the interval reaches "
             "below what was asked for; more texts make it narrower."
         )
     if chosen.found.blocks < 2:
-        yield f"There are no intervals: {chosen.found.places} places are one block of {BLOCK}; take longer texts, or more."
+        yield f"There are no intervals: {chosen.found.places} places are one block of {BLOCK}; take more text."
     if len(run.measured) > 1:
         yield (
             "It was chosen on the texts it was measured on, which flatters it a little: check it on others with "

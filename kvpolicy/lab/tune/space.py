@@ -88,7 +88,7 @@ def space(sizer: Sizer, given: Settings, only: Collection[str] = ()) -> Space:
         PolicyError: what is given makes no sense.
     """
     policy = sizer.policy
-    _check_names(policy, given, only)
+    check_names(policy, given, only)
     rest = [name for name in policy.params if name not in given and (not only or name in only)]
     left = {name: "set to " + value for name, value in given.items()}
     left |= {name: "not asked for" for name in policy.params if name not in given and name not in rest}
@@ -109,7 +109,8 @@ def space(sizer: Sizer, given: Settings, only: Collection[str] = ()) -> Space:
     return Space(tuple(axes), given, left)
 
 
-def _check_names(policy: Policy, given: Settings, only: Collection[str]) -> None:
+def check_names(policy: Policy, given: Mapping[str, str], only: Collection[str]) -> None:
+    """Raise UsageError where the policy has no params, or none of a name that is to be searched, or that one is set."""
     if not policy.params:
         raise UsageError(f"{policy.name} has no params, so there is nothing to tune; give a policy that has some")
     for name in only:
