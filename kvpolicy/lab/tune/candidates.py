@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from kvpolicy.lab.tune.sizing import Settings, Sized, Sizer
 from kvpolicy.lab.tune.space import Axis, Space
-from kvpolicy.language import Policy
+from kvpolicy.language import Policy, Quantity
 
 SPREAD = 4.0
 """A drawn size is at most so many times larger or smaller, against the others, than the policy's defaults say."""
@@ -18,7 +18,7 @@ SPREAD = 4.0
 OLD = 0.5
 """How often a param that is drawn keeps its default: defaults are what somebody chose."""
 
-DRAWS = 24
+DRAWS = 12
 """How often a trial is drawn anew before it is given up, where what was drawn makes no sense together."""
 
 HALVINGS = 20
@@ -61,6 +61,7 @@ class Drawer:
     def __init__(self, space: Space, sizer: Sizer, seed: int) -> None:
         self.space, self.sizer, self.rng = space, sizer, random.Random(f"kvpolicy tune {seed}")
         self._seen: set[str] = set()
+        self._lean: Draw | None = None
         self._count = 0
 
     def as_it_is(self) -> Candidate | None:
@@ -76,27 +77,54 @@ class Drawer:
 
         None where ``DRAWS`` draws gave nothing new that fits.
         """
-        for _ in range(DRAWS):
-            draw = self._beside(self.rng.choice(near).draw) if near else self._anywhere()
+        for attempt in range(DRAWS):
+            if near:
+                draw = self._beside(self.rng.choice(near).draw)
+            elif self._lean is not None and attempt >= DRAWS / 2:
+                draw = self._beside(self._lean)  # little memory may need what chance seldom draws together
+            else:
+                draw = self._anywhere()
             found = self._fitted(draw, target)
             if found is not None:
                 return found
         return None
 
-    def least(self, among: int = DRAWS) -> Candidate:
-        """What takes the least memory, of the defaults' proportions and of ``among`` draws.
+    def least(self) -> Candidate:
+        """What takes the least memory: of each param that is no size, one after the other, whichever of a few values
+        allows the smallest sizes, and then each size as small as the policy runs with.
 
         Raises:
             AssertionError: nothing runs at all, which the space has made sure of.
         """
-        found = [self._scaled(Draw(), self._smallest(Draw())), self._sized(dict(self.space.given))]
-        for _ in range(among):
-            draw = self._anywhere()
-            found.append(self._scaled(draw, self._smallest(draw)))
-        there = [each for each in found if each is not None]
-        assert there, self.sizer.refusal
-        settings, sized = min(there, key=lambda each: each[1].bytes)
-        return Candidate(-1, Draw(), settings, sized)
+        best, draw = self._leanest(Draw(), None), Draw()
+        for axis in self.space.others:
+            for value in {axis.values[0], axis.values[len(axis.values) // 2], axis.values[-1]}:
+                other = Draw({**draw.values, axis.name: value})
+                found = self._leanest(other, best)
+                if found is not best:
+                    best, draw = found, other
+        assert best is not None, self.sizer.refusal
+        self._lean = draw
+        return Candidate(-1, draw, *self._shrunk(best))
+
+    def _shrunk(self, found: tuple[Settings, Sized]) -> tuple[Settings, Sized]:
+        """The same with each size, one after the other, as small as the policy runs with."""
+        for axis in self.space.sizes:
+            step = Fraction(1, 1000) if axis.kind == "share" else Fraction(1)
+            low, most = 0, int((Quantity.parse(found[0][axis.name]).constant or 0) / step)
+            while low < most:
+                middle = (low + most) // 2
+                tried = self._sized(found[0] | {axis.name: axis.spelled(middle * step)})
+                if tried is not None and tried[1].bytes <= found[1].bytes:
+                    found, most = tried, middle
+                else:
+                    low = middle + 1
+        return found
+
+    def _leanest(self, draw: Draw, best: tuple[Settings, Sized] | None) -> tuple[Settings, Sized] | None:
+        """The smallest of a draw, if that is less than the best so far."""
+        found = self._scaled(draw, self._smallest(draw))
+        return found if found is not None and (best is None or found[1].bytes < best[1].bytes) else best
 
     def most(self) -> int:
         """Bytes from which on the policy, in its own proportions, evicts nothing, or the most that it can take."""

@@ -210,8 +210,8 @@ def _try(run: Tuning, drawer: Drawer, played: Sequence[Traced], tell: Tell) -> l
 
 
 def _targets(run: Tuning, drawer: Drawer) -> tuple[list[int], int]:
-    """Memories to come to, and the least of the policy's own proportions."""
-    least = drawer.least(among=0).bytes
+    """Memories to come to, and the least."""
+    least = drawer.least().bytes
     if run.goal.memory is not None:
         return [run.goal.memory], min(least, run.goal.memory)
     most = max(drawer.most(), least)

@@ -132,12 +132,11 @@ def test_equal_seeds_find_alike() -> None:
 
 
 def test_what_nothing_reaches_is_told_with_the_best() -> None:
-    """With both sizes set small nothing but the number of heavy tokens is left, and nothing is like the full cache."""
+    """Of a cache that is set to four tokens only the temperature is left to search."""
     few = Options(trials=2, runs=2, played=4)
-    run = tune(
-        *tiny(), "builtin:tiny", load_policy("quest").bind(budget=16), [("here", text())], Goal(agreement=1), few,
-        given={"budget": "2"}, only=["page_size"],
-    )  # fmt: skip
+    given = {"budget": "4", "recent": "2"}
+    policy, goal = load_policy("keyformer"), Goal(agreement=1)
+    run = tune(*tiny(), "builtin:tiny", policy, [("here", text())], goal, few, given=given, only=["temperature"])
     assert run.chosen is None
     assert "the best reached" in str(not_reached(run)) and f"{run.front[-1].bytes:,} bytes" in str(not_reached(run))
     assert not_reached(run).exit_code == 1

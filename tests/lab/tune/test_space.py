@@ -80,7 +80,10 @@ def test_candidates_come_to_the_memory(name: str) -> None:
     assert len(there) >= 4
     assert all(0.85 * target <= candidate.bytes <= target for candidate in there)
     assert len({candidate.policy.digest for candidate in there}) == len(there)
-    assert drawer.least(among=4).bytes < min(candidate.bytes for candidate in there)
+    least = drawer.least()
+    assert least.bytes < min(candidate.bytes for candidate in there)
+    assert sizes(least.settings) == least.sized
+    assert drawer.drawn(least.bytes - 1) is None
     assert drawer.most() > max(candidate.bytes for candidate in there)
 
 
