@@ -59,7 +59,7 @@ def test_a_dataset_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["h2o", "--memory", "1MiB", "--texts", "3"], 2, "--texts says how many of a dataset's texts"),
         (["h2o", "--memory", "1MiB", "-p", "a", "-f", "b"], 2, "-p and -f both give a prompt"),
         (["h2o", "--memory", "1KB", "-p", PROMPT, "-n", "8"], 2, "no setting of h2o fits into 1,000 bytes"),
-        (["h2o", "--memory", "1MiB", "-p", PROMPT, "-n", "9000"], 4, "this model knows"),
+        (["h2o", "--memory", "1MiB", "-p", PROMPT, "-n", "900000"], 4, "this model knows"),
     ],
 )
 def test_mistakes_are_told(

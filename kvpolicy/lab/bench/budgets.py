@@ -19,6 +19,9 @@ from kvpolicy.plan import ModelGeometry, Plan, make_plan
 HALVINGS = 16
 """How often a param is halved, and how often all are doubled, in search of the budget."""
 
+LARGE = Fraction(64)
+"""Tokens, at least so many of which a share of a short prompt is taken for: of two, the half tells nothing."""
+
 ENDLESS = 10**7
 """Tokens of a text in which every pool gets as full as it may."""
 
@@ -93,7 +96,9 @@ def sizes_of(
     shape = geometry if minds_layers(base) else replace(geometry, layers=1)
     endless = [_planner(base, given, shape, length, ENDLESS) for length in (ENDLESS, prompt)]
     values = _numbers(base, given, prompt, max_new_tokens)
-    return {name: value for name, value in values.items() if _is_size(name, value, endless)}
+    shares = {name for name, value in values.items() if value >= 1 and base.params[name].value.constant is None}
+    asked = {name: max(value, LARGE) if name in shares else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if _is_size(name, asked[name], endless)}
 
 
 def _planner(base: Policy, given: Mapping[str, str], shape: ModelGeometry, prompt: int, new: int) -> Planner:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,12 @@ import numpy as np
 from kvpolicy.lab.tune.candidates import Candidate
 from kvpolicy.lab.tune.measured import Measured
 from kvpolicy.lab.tune.traced import Kept
+
+NEAR = 1.04
+"""Two memories of which one is no more than so many times the other are not told apart any further."""
+
+WORTH = 1.5
+"""A candidate whose error is more than so many times the largest with which one agreed well enough is not run."""
 
 
 @dataclass
@@ -72,18 +79,25 @@ def front(measured: Sequence[Tried]) -> list[Tried]:
     return kept
 
 
-def to_measure(goal: Goal, tried: Sequence[Tried], first: Sequence[Tried], count: int, seed: int) -> Iterator[Tried]:
+More = Callable[[int], Sequence[Tried]]
+"""New candidates of at most so many bytes, which are then among those that were tried; none where no trial is left."""
+
+
+def to_measure(
+    goal: Goal, tried: Sequence[Tried], first: Sequence[Tried], count: int, seed: int, more: More = lambda target: ()
+) -> Iterator[Tried]:
     """Which candidates the model should run, one after another; what has been measured of the earlier ones is read when
     the next is asked for.
 
     With a memory: ``first``, the most promising, and a quarter drawn from the rest, so that one can see what the
     promise was worth. With an agreement: the most promising of each memory is tried by halving, from what fits
-    downwards and from what does not upwards, and then its runners-up below the best so far.
+    downwards and from what does not upwards. Where nothing is left in between, ``more`` of half way are asked for, and
+    in the end the most promising below the best so far are tried.
     """
     if goal.memory is not None:
         yield from _promising(tried, first, count, seed)
     else:
-        yield from _halving(goal, tried, first, count)
+        yield from _halving(goal, tried, count, more)
 
 
 def _promising(tried: Sequence[Tried], first: Sequence[Tried], count: int, seed: int) -> Iterator[Tried]:
@@ -100,22 +114,28 @@ def _promising(tried: Sequence[Tried], first: Sequence[Tried], count: int, seed:
     yield from rng.sample(rest, min(len(rest), max(0, count - len(chosen))))
 
 
-def _halving(goal: Goal, tried: Sequence[Tried], first: Sequence[Tried], count: int) -> Iterator[Tried]:
-    left = count
-    for each in first:
-        left -= 1
-        yield each
-    while left > 0:
+def _halving(goal: Goal, tried: Sequence[Tried], count: int, more: More) -> Iterator[Tried]:
+    for _ in range(count):
         done = [each for each in tried if each.measured is not None]
-        fitting = [each.bytes for each in done if goal.fits(each)]
-        best = min(fitting, default=max(each.bytes for each in tried) + 1)
-        failed = [each.bytes for each in done if not goal.fits(each) and each.bytes < best]
-        open_ = [each for each in tried if each.measured is None and not each.refused and each.bytes < best]
-        if not open_:
+        fitting = [each for each in done if goal.fits(each)]
+        best = min((each.bytes for each in fitting), default=max(each.bytes for each in tried) + 1)
+        failed = max((each.bytes for each in done if not goal.fits(each) and each.bytes < best), default=0)
+        between = _open(tried, failed, best)
+        if not between and failed and best > NEAR * failed:
+            between = _open(more(round(math.sqrt(failed * best))), failed, best)
+        if between:
+            yield _middle(between)
+            continue
+        worth = WORTH * max((each.promise for each in fitting), default=math.inf)
+        below = [each for each in _open(tried, 0, best) if each.promise <= worth]
+        if not below:
             return
-        between = [each for each in open_ if each.bytes > max(failed, default=0)]
-        yield _middle(between) if between else min(open_, key=lambda each: (each.promise, each.bytes))
-        left -= 1
+        yield min(below, key=lambda each: (each.promise, each.bytes))
+
+
+def _open(tried: Sequence[Tried], above: int, below: int) -> list[Tried]:
+    """Those between two memories that have not run yet."""
+    return [each for each in tried if each.measured is None and not each.refused and above < each.bytes < below]
 
 
 def _middle(tried: Sequence[Tried]) -> Tried:

@@ -76,11 +76,17 @@ def _front(axes: Axes, run: Tuning) -> None:
 
 
 def _order(axes: Axes, run: Tuning, known: Sequence[Tried]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     x = [max(LEAST, tried.promise) for tried in known]
     y = [max(LEAST, tried.found.kl.value) for tried in known]
     axes.loglog(x, y, "o", color=RAN, markersize=5)
     if run.chosen in known and run.chosen is not None:
         axes.plot(max(LEAST, run.chosen.promise), max(LEAST, run.chosen.found.kl.value), "o", color=BEST, markersize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     rank = run.correlation("kl")
     title = "KL on the model, nats" + ("" if rank is None else f" (rank correlation {rank:+.2f})")
     axes.set_title(title, fontsize=10, loc="left")

@@ -36,6 +36,12 @@ ELSEWHERE = 4
 PARENTS = 4
 """The second half of the trials lies near the best of the first: one in so many of them."""
 
+ROUNDS = 3
+"""In which the trials are used that are kept for where an agreement is decided."""
+
+PLAYING, RUNNING = "recorded attention", "the model"
+"""The two stages."""
+
 
 class NotReached(KvpolicyError):
     """No candidate is what was asked for: a check that failed, and no mistake of the user's."""
@@ -147,10 +153,11 @@ def tune(
     run = Tuning(name, str(model.device), dtype, policy, goal, options, found, lengths, told, sizer.full)
     with run.timed("recording"):
         played = _recorded(run, model, tokenizer, forced, tell)
-    with run.timed("recorded attention"):
-        first = _try(run, Drawer(found, sizer, options.seed), played, tell)
-    with run.timed("the model"):
-        _measure(run, Bench(model, tokenizer, forced, options.batch, options.generic), first, tell)
+    with run.timed("drawing"):
+        trials = _Trials(run, Drawer(found, sizer, options.seed), played, tell)
+        first = trials.begin()
+    run.seconds["drawing"] -= run.seconds.get(PLAYING, 0.0)
+    _measure(run, Bench(model, tokenizer, forced, options.batch, options.generic), first, trials, tell)
     run.chosen = goal.chosen(run.measured)
     return run
 
@@ -181,32 +188,66 @@ def _recorded(run: Tuning, model: Any, tokenizer: Any, texts: Sequence[Forced], 
     return found
 
 
-def _try(run: Tuning, drawer: Drawer, played: Sequence[Traced], tell: Tell) -> list[Tried]:
-    """Draw candidates and play them; returns those that the model should run in any case."""
-    trials = run.options.trials
+@dataclass
+class _Trials:
+    """Draws candidates and plays them on recorded attention, as long as trials are left."""
 
-    def add(candidate: Candidate | None) -> Tried | None:
+    run: Tuning
+    drawer: Drawer
+    played: Sequence[Traced]
+    tell: Tell
+
+    def add(self, candidate: Candidate | None) -> Tried | None:
+        """None where there is no candidate."""
         if candidate is None:
             return None
         tried = Tried(candidate)
-        run.tried.append(tried)
-        if played:
-            tell(len(run.tried), trials, "recorded attention")
-            tried.kept = kept(candidate.policy, played, run.lengths)
+        self.run.tried.append(tried)
+        if self.played:
+            self.tell(len(self.run.tried), self.run.options.trials, "recorded attention")
+            with self.run.timed(PLAYING):
+                tried.kept = kept(candidate.policy, self.played, self.run.lengths)
         return tried
 
-    targets, least = _targets(run, drawer)
-    first = [add(drawer.proportions(target)) for target in dict.fromkeys(targets)]
-    mine = drawer.as_it_is() if run.goal.memory is None or _fits(run, drawer) else None
-    first.append(add(mine))
-    for trial in range(len(run.tried), trials):
-        target = targets[trial % len(targets)]
-        if run.goal.memory is not None and trial % ELSEWHERE == 0:
-            target = round(least * (target / least) ** drawer.rng.random())
-        add(drawer.drawn(target, _parents(run.tried, target) if trial >= trials / 2 and played else ()))
-    if not run.tried:
-        raise _too_small(run, drawer)
-    return [each for each in first if each is not None] if run.goal.memory is not None else []
+    def begin(self) -> list[Tried]:
+        """All trials within a memory; of those for an agreement the first half, the other is for where it is decided.
+
+        Returns:
+            Those that the model should run in any case.
+
+        Raises:
+            UsageError: nothing fits.
+        """
+        run, memory = self.run, self.run.goal.memory
+        targets, least = _targets(run, self.drawer)
+        first = [self.add(self.drawer.proportions(target)) for target in targets]
+        own = self.drawer.sizer(run.space.given)
+        if own is not None and (memory is None or own.bytes <= memory):
+            first.append(self.add(self.drawer.as_it_is()))
+        trials = run.options.trials if memory is not None else max(len(run.tried), run.options.trials // 2)
+        for trial in range(len(run.tried), trials):
+            target = targets[trial % len(targets)]
+            if memory is not None and trial % ELSEWHERE == 0:
+                target = round(least * (target / least) ** self.drawer.rng.random())
+            near = _parents(run.tried, target) if trial >= trials / 2 and self.played else ()
+            self.add(self.drawer.drawn(target, near))
+        if not run.tried:
+            raise _too_small(run, self.drawer)
+        return [each for each in first if each is not None]
+
+    def more(self, target: int) -> list[Tried]:
+        """Some of at most ``target`` bytes: the policy's own proportions, and near those that were best about there."""
+        trials = self.run.options.trials
+        count = min(trials - len(self.run.tried), max(2, trials // (2 * ROUNDS)))
+        found = [self.add(self.drawer.proportions(target))] if count > 0 else []
+        parents = [
+            each.candidate
+            for each in sorted(self.run.tried, key=lambda each: each.promise)
+            if target / 2 <= each.bytes <= 2 * target
+        ]
+        for _ in range(count - 1):
+            found.append(self.add(self.drawer.drawn(target, parents[:PARENTS])))
+        return [each for each in found if each is not None]
 
 
 def _targets(run: Tuning, drawer: Drawer) -> tuple[list[int], int]:
@@ -216,11 +257,6 @@ def _targets(run: Tuning, drawer: Drawer) -> tuple[list[int], int]:
         return [run.goal.memory], min(least, run.goal.memory)
     most = max(drawer.most(), least)
     return list(dict.fromkeys(levels(least, most, LEVELS))), least
-
-
-def _fits(run: Tuning, drawer: Drawer) -> bool:
-    own = drawer.sizer(run.space.given)
-    return own is not None and run.goal.memory is not None and own.bytes <= run.goal.memory
 
 
 def _parents(tried: Sequence[Tried], target: int) -> list[Candidate]:
@@ -241,16 +277,16 @@ def _too_small(run: Tuning, drawer: Drawer) -> UsageError:
     )
 
 
-def _measure(run: Tuning, bench: Bench, first: Sequence[Tried], tell: Tell) -> None:
-    runs = min(run.options.runs, len(run.tried))
-    for number, tried in enumerate(to_measure(run.goal, run.tried, first, runs, run.options.seed)):
-        tell(number, runs, "the model")
-        places = sum(len(text.output) for text in bench.texts)
+def _measure(run: Tuning, bench: Bench, first: Sequence[Tried], trials: _Trials, tell: Tell) -> None:
+    runs, places = run.options.runs, sum(len(text.output) for text in bench.texts)
+    for number, tried in enumerate(to_measure(run.goal, run.tried, first, runs, run.options.seed, trials.more)):
 
-        def step(tokens: int, seconds: float, number: int = number, places: int = places) -> None:
+        def step(tokens: int, seconds: float, number: int = number) -> None:
             tell(number, runs, f"the model: {tokens:,} of {places:,} tokens")
 
-        found = bench.measure(tried.candidate.policy, step)
+        step(0, 0.0)
+        with run.timed(RUNNING):
+            found = bench.measure(tried.candidate.policy, step)
         if isinstance(found, str):
             tried.refused = found
         else:

@@ -150,7 +150,7 @@ def test_a_report_has_every_stage() -> None:
     assert any("no intervals" in line for line in lines)
     told = to_dict(run)
     assert told["chosen"]["number"] in told["front"]
-    assert {"recording", "recorded attention", "the model"} == set(told["seconds"])
+    assert {"recording", "drawing", "recorded attention", "the model"} == set(told["seconds"])
 
 
 def test_a_picture_is_drawn() -> None:

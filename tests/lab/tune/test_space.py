@@ -75,9 +75,9 @@ def test_candidates_come_to_the_memory(name: str) -> None:
     sizes = sizer(name)
     drawer = Drawer(space(sizes, {}), sizes, 0)
     target = round(0.8 * sizes.full)
-    found = [drawer.proportions(target), *(drawer.drawn(target) for _ in range(5))]
+    found = [drawer.proportions(target), *(drawer.drawn(target) for _ in range(3))]
     there = [candidate for candidate in found if candidate is not None]
-    assert len(there) >= 4
+    assert len(there) >= 3
     assert all(0.85 * target <= candidate.bytes <= target for candidate in there)
     assert len({candidate.policy.digest for candidate in there}) == len(there)
     least = drawer.least()
@@ -90,8 +90,8 @@ def test_candidates_come_to_the_memory(name: str) -> None:
 def test_equal_seeds_draw_alike() -> None:
     def draws(seed: int) -> list[dict[str, str]]:
         sizes = sizer("scope-slide")
-        drawer = Drawer(space(sizes, {"kernel": "3"} if "kernel" in sizes.policy.params else {}), sizes, seed)
-        first = [drawer.drawn(25_000) for _ in range(3)]
+        drawer = Drawer(space(sizes, {}, ["alpha", "beta1"]), sizes, seed)
+        first = [drawer.drawn(25_000) for _ in range(2)]
         near = [candidate for candidate in first if candidate is not None]
         return [each.settings for each in (*near, drawer.drawn(25_000, near)) if each is not None]
 
@@ -173,6 +173,23 @@ def test_for_an_agreement_memories_are_halved() -> None:
     chosen = Goal(agreement=0.8).chosen([each for each in found if each.measured is not None])
     assert chosen is not None and chosen.candidate.number == 43
     assert len(asked) == len(set(asked)) <= 10
+
+
+def test_between_what_fails_and_what_fits_more_are_drawn() -> None:
+    """The least that does lies at 300, and nothing was tried between 100 and 1,000; what is hopeless never runs."""
+    found = [tried(0, 100, 0.9), tried(1, 50, 0.95), tried(2, 1000, 0.1)]
+
+    def more(target: int) -> list[Tried]:
+        found.append(tried(len(found), target, 0.1 if target >= 300 else 0.5))
+        return found[-1:]
+
+    goal = Goal(agreement=0.9)
+    for each in to_measure(goal, found, [], 20, 0, more):
+        run(each, 1 - each.promise)
+    chosen = goal.chosen([each for each in found if each.measured is not None])
+    assert chosen is not None and 300 <= chosen.bytes <= 320
+    assert found[1].measured is None
+    assert len(found) < 12
 
 
 def test_ranks_are_compared() -> None:
