@@ -19,6 +19,9 @@ NEAR = 1.04
 WORTH = 1.5
 """A candidate whose error is more than so many times the largest with which one agreed well enough is not run."""
 
+LESS, ATTEMPTS = 0.85, 3
+"""Where nothing is left that is worth a run, so often more of this share of the best memory are drawn."""
+
 
 @dataclass
 class Tried:
@@ -92,7 +95,8 @@ def to_measure(
     With a memory: ``first``, the most promising, and a quarter drawn from the rest, so that one can see what the
     promise was worth. With an agreement: the most promising of each memory is tried by halving, from what fits
     downwards and from what does not upwards. Where nothing is left in between, ``more`` of half way are asked for, and
-    in the end the most promising below the best so far are tried.
+    in the end the most promising below the best so far, and more of these, for what failed there may have been a bad
+    draw.
     """
     if goal.memory is not None:
         yield from _promising(tried, first, count, seed)
@@ -127,10 +131,16 @@ def _halving(goal: Goal, tried: Sequence[Tried], count: int, more: More) -> Iter
             yield _middle(between)
             continue
         worth = WORTH * max((each.promise for each in fitting), default=math.inf)
-        below = [each for each in _open(tried, 0, best) if each.promise <= worth]
+        below = _promising_below(_open(tried, 0, best), worth)
+        for _ in range(ATTEMPTS):
+            below = below or _promising_below(_open(more(round(LESS * best)), 0, best), worth)
         if not below:
             return
         yield min(below, key=lambda each: (each.promise, each.bytes))
+
+
+def _promising_below(tried: Sequence[Tried], worth: float) -> list[Tried]:
+    return [each for each in tried if each.promise <= worth]
 
 
 def _open(tried: Sequence[Tried], above: int, below: int) -> list[Tried]:

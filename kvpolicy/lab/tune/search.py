@@ -236,17 +236,12 @@ class _Trials:
         return [each for each in first if each is not None]
 
     def more(self, target: int) -> list[Tried]:
-        """Some of at most ``target`` bytes: the policy's own proportions, and near those that were best about there."""
+        """Some of at most ``target`` bytes, near those that were best about there."""
         trials = self.run.options.trials
         count = min(trials - len(self.run.tried), max(2, trials // (2 * ROUNDS)))
-        found = [self.add(self.drawer.proportions(target))] if count > 0 else []
-        parents = [
-            each.candidate
-            for each in sorted(self.run.tried, key=lambda each: each.promise)
-            if target / 2 <= each.bytes <= 2 * target
-        ]
-        for _ in range(count - 1):
-            found.append(self.add(self.drawer.drawn(target, parents[:PARENTS])))
+        near = [each for each in self.run.tried if target / 2 <= each.bytes <= 2 * target]
+        parents = [each.candidate for each in sorted(near, key=lambda each: each.promise)[:PARENTS]]
+        found = [self.add(self.drawer.drawn(target, parents)) for _ in range(count)]
         return [each for each in found if each is not None]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,11 +77,11 @@ class Traced:
         trace = Trace(path)
         read = trace.text(steps=min(steps, trace.about.steps))
         recorded = tuple(governed.index(layer) for layer in trace.about.layers)
-        parts = [
-            tuple(Placed(len(governed), recorded, row) for row in rows)
+        queries, keys, values = (
+            tuple(cast(Array, Placed(len(governed), recorded, row)) for row in rows)
             for rows in (read.queries, read.keys, read.values)
-        ]
-        said = Attention(read.prompts, read.steps, *parts, scaling=read.scaling, special=tuple(special))  # type: ignore[arg-type]
+        )
+        said = Attention(read.prompts, read.steps, queries, keys, values, scaling=read.scaling, special=tuple(special))
         return cls(said, recorded, {layer: _answers(said, layer) for layer in recorded}, FullCache(said))
 
 
