@@ -90,12 +90,23 @@ class Run(Keeping):
 
     def _cells(self, task: Task, arms: Sequence[Arm]) -> Iterator[Cell]:
         """A task under each arm that can run it."""
-        items = task.make(self.options.count, self.options.seed, self.options.size)
-        questions = [self._question(item) for item in items]
-        lengths = [len(question.ids) for question in questions]
-        limit = self.options.new_tokens or max(task.new_tokens(item) for item in items)
-        for found in self.arms_that_run(task.name, arms, (min(lengths), max(lengths)), limit):
+        questions = self.questions(task)
+        most, limit = self._lengths(task, questions)
+        fewest = min(len(question.ids) for question in questions)
+        for found in self.arms_that_run(task.name, arms, (fewest, most), limit):
             yield Cell(found, task, questions, limit)
+
+    def questions(self, task: Task) -> list[Question]:
+        """A task's items as the model reads them. Raises UsageError where it has no tokens for its words."""
+        return [self._question(item) for item in task.make(self.options.count, self.options.seed, self.options.size)]
+
+    def lengths(self, task: Task) -> tuple[int, int]:
+        """Tokens of a task's longest prompt, and new ones at the most. Raises UsageError, see ``questions``."""
+        return self._lengths(task, self.questions(task))
+
+    def _lengths(self, task: Task, questions: Sequence[Question]) -> tuple[int, int]:
+        limit = self.options.new_tokens or max(task.new_tokens(question.item) for question in questions)
+        return max(len(question.ids) for question in questions), limit
 
     def reads(self, task: Task) -> bool:
         """Whether the model has tokens for the words of a task."""
@@ -180,7 +191,7 @@ class Run(Keeping):
             new_tokens=len(tokens),
             cut=cut,
             truncated=cut and not task.finished(item, output, cut=cut),
-            looped=loop(output.split(), allowed=task.period(item)) > 0,
+            looped=loop(task.words(output), allowed=task.period(item)) > 0,
             evicted=counts[0],
             resident=counts[1],
             unread=leaves_unread(cell.bound.plan, len(question.ids), len(tokens)),
