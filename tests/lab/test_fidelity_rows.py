@@ -14,6 +14,7 @@ from kvpolicy.lab.dataset import Text
 from kvpolicy.lab.fidelity.__main__ import main
 from kvpolicy.lab.fidelity.measuring import Fidelity, Options
 from kvpolicy.lab.fidelity.report import doubts, entries, table
+from kvpolicy.lab.fidelity.told import told
 from kvpolicy.language import load_policy
 from kvpolicy.models import load_model
 from kvpolicy.models.tiny.task import make_problem
@@ -85,6 +86,10 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     before = path.read_text().splitlines()
     again = run_of(path, said, batch=2)
     again.run(asked, texts(3))
+    said_of = told(path)
+    assert (said_of.texts, said_of.places, len(said_of.lines)) == (3, 216, 2)
+    assert [panel.places for panel in said_of.along[24]] == [("64", "72")] * 3
+    assert [line.label for panel in said_of.over_budgets for line in panel.lines] == ["h2o"] * 3
     assert again.taken_up == len(before) == 4
     assert path.read_text().splitlines()[:4] == before
     assert len(read(path)) == len(again.rows) == 6

@@ -14,7 +14,7 @@ from kvpolicy.lab.panels import Line, Panel, Point, dressed
 MEASURED = {
     "kl": ("KL divergence", "KL(full cache ‖ policy) in nats, lower is closer"),
     "top1": ("Same first choice", "Policy and full cache put the same token first"),
-    "mass": ("Attention mass kept", "Of what queries would attend to in the whole text, the share that was left"),
+    "mass": ("Attention mass kept", "Share of attention to the whole text that was left"),
 }
 """By measure, what it is called and what a picture of it says."""
 
