@@ -70,7 +70,7 @@ def test_what_cannot_be_searched_is_told(name: str, given: dict[str, str], only:
         space(sizer(name), given, only)
 
 
-@pytest.mark.parametrize("name", ["h2o", "scope-slide", "raas-compressed-prompt"])
+@pytest.mark.parametrize("name", ["h2o", "scope-slide", pytest.param("raas-compressed-prompt", marks=pytest.mark.slow)])
 def test_candidates_come_to_the_memory(name: str) -> None:
     sizes = sizer(name)
     drawer = Drawer(space(sizes, {}), sizes, 0)
@@ -90,7 +90,7 @@ def test_candidates_come_to_the_memory(name: str) -> None:
 def test_equal_seeds_draw_alike() -> None:
     def draws(seed: int) -> list[dict[str, str]]:
         sizes = sizer("scope-slide")
-        drawer = Drawer(space(sizes, {}, ["alpha", "beta1"]), sizes, seed)
+        drawer = Drawer(space(sizes, {"alpha2": "4", "beta2": "8"}), sizes, seed)
         first = [drawer.drawn(25_000) for _ in range(2)]
         near = [candidate for candidate in first if candidate is not None]
         return [each.settings for each in (*near, drawer.drawn(25_000, near)) if each is not None]
