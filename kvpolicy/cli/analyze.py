@@ -190,7 +190,4 @@ def show_files(analysis: Analysis, html: Path | None, png: Path | None) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    output.write_bytes(path, data)

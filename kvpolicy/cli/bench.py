@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -147,7 +146,9 @@ def run(
     with_settings(policies, given, {})  # refuses what fits none of them, before a model is made
     labels = distinct(specs, [policy.name for policy in policies])
     config_named(shape or DEFAULT_SHAPE)
-    _quiet_profiler()
+    from kvpolicy.lab.bench.quiet import quiet_profiler
+
+    quiet_profiler()
     from kvpolicy.lab.bench.measuring import Bench, Options, Subject
 
     with progress() as tell:
@@ -216,10 +217,7 @@ def finish(report: Report, files: Files, json: bool) -> None:
         save(files.save, told)
         output.note(f"saved {escape(str(files.save))}")
     if files.plot is not None:
-        try:
-            files.plot.write_bytes(picture(report))
-        except OSError as error:
-            raise UsageError(f"cannot write {files.plot}: {error.strerror}") from None
+        output.write_bytes(files.plot, picture(report))
         output.note(f"wrote {escape(str(files.plot))}")
     if found is not None and found.worse:
         worst = min(found.worse, key=lambda change: change.change)
@@ -260,12 +258,6 @@ def _model(
     from kvpolicy.models.load import place_of
 
     return random_model(shape or DEFAULT_SHAPE, layers=layers, dtype=dtype, device=place_of(device), seed=seed)
-
-
-def _quiet_profiler() -> None:
-    """Memory and launches are read off torch's profiler, whose C++ half speaks to stderr unless it is told not to."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from kvpolicy.cli import fidelity, output
+from kvpolicy.cli import suite as suites
 from kvpolicy.cli.arguments import Json, Settings, parse_settings
 from kvpolicy.cli.bench import OWN, numbers
 from kvpolicy.cli.simulate import distinct
@@ -36,11 +37,13 @@ EPILOG = (
 )
 
 DEFAULT_MODEL = "builtin:tiny"
-FIRST_CHOICE = ("passkey", "phrase")
+FIRST_CHOICE = ("passkey", "phrase", "chain")
 """The task that runs where none is named: the first that the model has words for."""
 
+BUDGETS = "64,128,256"
+
 Policies = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="SPEC… [MODEL]",
         help="Policies: YAML files, names of shipped ones, or - for stdin; then a model, builtin:tiny unless given.",
@@ -59,14 +62,23 @@ class Files:
 
 
 def run(
-    specs: Policies,
+    specs: Policies = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", metavar="NAME", help="Instead of policies: a paper's figures; raas, scope, evidence."),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option("--tasks", "-t", help="Tasks, as in passkey,copy; by default one that the model can read."),
     ] = None,
     budgets: Annotated[
-        str, typer.Option("--budgets", help=f"Tokens that every policy holds, as in 64,128; {OWN}: as its params say.")
-    ] = "64,128,256",
+        str | None,
+        typer.Option(
+            "--budgets",
+            help=f"Tokens that every policy holds, by default {BUDGETS}, or shares of a suite's texts; {OWN}: as its "
+            "params say.",
+        ),
+    ] = None,
     items: Annotated[int, typer.Option("--items", "-k", min=1, help="Prompts of each task.")] = 16,
     size: Annotated[
         int | None, typer.Option("--size", min=1, help="Words of a prompt; by default the task's own.")
@@ -93,6 +105,12 @@ def run(
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE", help="Plot scores against budgets; needs matplotlib.")
     ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Of --suite: rows, pictures and a page.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAMES", help="Of --suite: some experiments, as in raas-accuracy.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16; the model's own.")] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the steps.")] = False,
@@ -103,29 +121,48 @@ def run(
     json: Json = False,
 ) -> None:
     """Compare policies by right answers: policy × budget × task, against the full cache, with intervals."""
+
+    def loader(model: str) -> tuple[Any, Any]:
+        from kvpolicy.models import load_model
+
+        with output.busy(f"loading {model}"):
+            return load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
+
+    if suite is not None:
+        from kvpolicy.lab.bench.quiet import quiet_profiler
+
+        quiet_profiler()
+        suites.refuse({"--save": save, "--csv": csv, "--png": png, "--dataset": dataset, "--set": settings}, True)
+        from kvpolicy.lab.compare.running import Options
+
+        model = suites.model_of(specs or [], DEFAULT_MODEL)
+        sizes = None if budgets is None else numbers(budgets, "--budgets")
+        parts = None if only is None else [name.strip() for name in only.split(",")]
+        asked = suites.Asked(suite, model, tasks, sizes, parts, folder, html, json)
+        options = Options(items, seed, size, new_tokens, batch, chat, compile, generic)
+        suites.run_suite(asked, options, lambda: loader(model), progress)
+        return
+    suites.refuse({"--output": folder, "--only": only}, False)
     files = Files(save, csv, html, png)
     _check(files)
-    specs, model = split(specs)
+    specs, model = split(specs or [])
+    budgets = budgets or BUDGETS
     wanted: list[int | None] = [None] if budgets == OWN else [*numbers(budgets, "--budgets")]
     policies = _policies(specs, parse_settings(settings))
     texts = fidelity.texts_of(tasks, dataset, cut, items)
-    if texts is not None and html is not None:
-        raise UsageError("the task fidelity writes no page; use --png, --csv or --json")
     from kvpolicy.lab.compare.arms import arms
     from kvpolicy.lab.compare.running import Options, Run
     from kvpolicy.lab.tasks.registry import task_named
-    from kvpolicy.models import load_model
 
     words = [] if tasks is None or texts is not None else tasks.split(",")
-    named = [task_named(name.strip()) for name in dict.fromkeys(words)]
-    with output.busy(f"loading {model}"):
-        loaded, tokenizer = load_model(model, device=device, dtype=dtype, notify=lambda line: output.note(escape(line)))
+    named = [task_named(name.strip(), [fidelity.NAME]) for name in dict.fromkeys(words)]
+    loaded, tokenizer = loader(model)
     order = sorted(wanted, key=lambda budget: budget or 0)
     if texts is not None:
         from kvpolicy.lab.fidelity.measuring import Options as Led
 
         how = Led(new_tokens, batch, bool(chat), compile, generic)
-        asked = fidelity.Asked(arms(policies, order), texts, how, save, csv, png, json)
+        asked = fidelity.Asked(arms(policies, order), texts, how, save, csv, html, png, json)
         with progress() as tell, _resumable(save):
             tell = tell if output.stderr().is_terminal else fidelity.arm_alone(tell)
             fidelity.lead_through(loaded, tokenizer, model, asked, tell)
@@ -176,10 +213,7 @@ def _draw(found: Report, warnings: Sequence[str], files: Files) -> None:
     if files.png is not None:
         from kvpolicy.lab.compare.picture import picture
 
-        try:
-            files.png.write_bytes(picture(found))
-        except OSError as error:
-            raise UsageError(f"cannot write {files.png}: {error.strerror}") from None
+        output.write_bytes(files.png, picture(found))
         output.note(f"wrote {escape(str(files.png))}")
 
 
@@ -189,7 +223,7 @@ def split(words: Sequence[str]) -> tuple[list[str], str]:
     Raises:
         UsageError: there is no policy, or a model stands among them.
     """
-    *first, last = words
+    *first, last = words or [DEFAULT_MODEL]
     specs, model = (first, last) if is_model(last) else ([*words], DEFAULT_MODEL)
     for word in specs:
         if word.startswith("builtin:") or word.endswith(".gguf"):

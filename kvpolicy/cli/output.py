@@ -140,6 +140,14 @@ def write_file(path: Path, text: str) -> None:
         raise UsageError(f"cannot write {path}: {fault.strerror}; give a path in a folder that exists") from fault
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a picture to a file that the user named. Raises UsageError."""
+    try:
+        path.write_bytes(content)
+    except OSError as fault:
+        raise UsageError(f"cannot write {path}: {fault.strerror}; give a path in a folder that exists") from fault
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
     """Print rows of rich markup to stdout: ruled and fitted on a terminal, aligned and never cut elsewhere."""
     console = stdout()

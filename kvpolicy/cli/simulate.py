@@ -169,10 +169,7 @@ def draw(request: Request, origin: Source, simulations: Sequence[Simulation]) ->
             from kvpolicy.lab.chart import chart
 
             data = chart(simulations, origin.title)
-        try:
-            path.write_bytes(data)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+        output.write_bytes(path, data)
         output.note(f"wrote {path}")
 
 

@@ -186,6 +186,33 @@ def test_a_policy_that_selects_gets_its_budget_as_tokens_read() -> None:
     assert not selects(bound(h2o, geometry, prompt=200, max_new_tokens=40).plan)
 
 
+def test_a_policy_that_only_cuts_prompts_gets_what_is_left_or_the_budget_as_its_prompts() -> None:
+    geometry = ModelGeometry("llama", layers=2, query_heads=4, kv_heads=2, head_dim=24)
+    snapkv = next(arm for arm in arms([("snapkv", load_policy("snapkv"), {"window": "8"})], [64]) if arm.budget)
+    left = bound(snapkv, geometry, prompt=200, max_new_tokens=21)
+    assert left.settings["budget"] == "43" and left.held == 64
+    long = bound(snapkv, geometry, prompt=200, max_new_tokens=101)
+    assert long.settings["budget"] == "64" and long.held == 165
+
+
+def test_why_a_policy_that_does_nothing_on_a_model_is_refused(tiny: tuple[Any, Any]) -> None:
+    """Quest leaves the first two layers whole, and builtin:tiny has no others."""
+    made = run(tiny, arms(named("quest"), [48]), count=1, new_tokens=8)
+    reason = made.refused["phrase", "quest", 48]
+    assert reason == (
+        "quest drops nothing and leaves nothing unread in each of the 2 layers of this model, so no budget reaches it"
+    )
+
+
+def test_rows_of_another_run_count_and_are_copied(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    of, options = arms(named("h2o"), [30]), {"count": 1, "new_tokens": 4}
+    before = run(tiny, of, **options)
+    path = tmp_path / "rows.jsonl"
+    made = Run(*tiny, "builtin:tiny", Options(size=60, **options), path, known=before.rows[:2])  # type: ignore[arg-type]
+    made.run(of, [PHRASE])
+    assert made.taken_up == 2 and {row.key for row in read(path)} == {row.key for row in before.rows}
+
+
 def test_a_policy_that_cannot_hold_a_budget_is_named(tiny: tuple[Any, Any]) -> None:
     made = run(tiny, arms(named("raas"), [48]), count=1, new_tokens=8)
     assert "makes it hold 48 tokens" in made.refused["phrase", "raas", 48]

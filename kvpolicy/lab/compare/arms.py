@@ -1,7 +1,8 @@
 """Which policies run at which budgets: those asked for, and beside them always the full cache and two controls.
 
 A budget is tokens held, whatever a policy's params are called (``bench/budgets.py``). A policy that selects, reading a
-part of what it holds in each step, is given it as tokens read: that is what its ``budget`` means.
+part of what it holds in each step, is given it as tokens read: that is what its ``budget`` means. One that cuts prompts
+alone holds all that is generated: where that leaves nothing of the budget, it is given it as tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -96,12 +97,46 @@ def _bound(arm: Arm, geometry: ModelGeometry, prompt: int, max_new_tokens: int) 
             "nothing would be evicted; give a smaller one with --budgets, or longer texts with --size"
         )
     free = arm.budget is not None and "budget" in own.params and "budget" not in arm.given
-    if free and selects(make_plan(own, geometry, **lengths)):
-        chosen = own.bind(budget=str(arm.budget))
-        plan = make_plan(chosen, geometry, **lengths)
-        return Bound(arm, chosen, {**arm.given, "budget": str(arm.budget)}, held_by(plan), plan)
-    found = with_budget(arm.policy, arm.budget, geometry, given=arm.given, **lengths)
+    if free and (made := _plan(own, geometry, **lengths)) is not None:
+        if not works(made):
+            layers = f"each of the {geometry.layers} layers" if geometry.layers > 1 else "the one layer"
+            raise UsageError(
+                f"{own.name} drops nothing and leaves nothing unread in {layers} of this model, so no budget reaches it"
+            )
+        if selects(made):
+            return _directly(arm, own, geometry, lengths)
+    try:
+        found = with_budget(arm.policy, arm.budget, geometry, given=arm.given, **lengths)
+    except UsageError:
+        if not free or made is None or not cuts_prompts_alone(made):
+            raise
+        return _directly(arm, own, geometry, lengths)
     return Bound(arm, found.policy, found.settings, found.held, found.plan)
+
+
+def _plan(policy: Policy, geometry: ModelGeometry, **lengths: int) -> Plan | None:
+    """The plan of a policy as it is; None where its own params do not fit these lengths."""
+    try:
+        return make_plan(policy, geometry, **lengths)
+    except (UsageError, PolicyError):
+        return None
+
+
+def _directly(arm: Arm, own: Policy, geometry: ModelGeometry, lengths: Mapping[str, int]) -> Bound:
+    """The budget is what the policy's param of that name says, whatever is held in all."""
+    chosen = own.bind(budget=str(arm.budget))
+    plan = make_plan(chosen, geometry, **lengths)
+    return Bound(arm, chosen, {**arm.given, "budget": str(arm.budget)}, held_by(plan), plan)
+
+
+def works(plan: Plan) -> bool:
+    """Whether some pool may drop anything, hand it on, or leave it unread."""
+    return any(pool.evicts or pool.to is not None or pool.read is not None for pool in _pools(plan))
+
+
+def cuts_prompts_alone(plan: Plan) -> bool:
+    """Whether all that is generated stays, so that only a prompt can be held to a budget."""
+    return not any(pool.evicts and "generated" in pool.admits for pool in _pools(plan))
 
 
 def selects(plan: Plan) -> bool:

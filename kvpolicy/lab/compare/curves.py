@@ -1,45 +1,17 @@
-"""Scores against budgets, as any picture draws them: curves with their points, and how each is told from the others."""
+"""Scores against budgets, as any picture draws them: a panel for each task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvpolicy.lab.compare.report import Entry, Report, controls
-from kvpolicy.lab.palette import SHADES
+from kvpolicy.lab.panels import Line, Panel, Point, dressed
 
-MARKERS = ("circle", "square", "triangle", "diamond")
-"""A second curve of one colour has another marker."""
-
-GREY = "#767676"
-"""Of the controls, which are dashed as well: it stands out on white and on black alike."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One policy on one task: its entries that have a score, by budget."""
-
-    label: str
-    entries: tuple[Entry, ...]
-    colour: str
-    marker: str
-    control: bool
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One task. ``budgets`` are those of all curves, in order; ``full`` the full cache's entry; ``alone``: policies
-    with their own budget, which have no place on the axis."""
-
-    task: str
-    budgets: tuple[int, ...]
-    curves: tuple[Curve, ...]
-    full: Entry
-    alone: tuple[Entry, ...]
+CAPTION = "Right answers by budget in tokens, with 95 % intervals; grey band: the full cache’s"
 
 
 def panels(report: Report) -> list[Panel]:
-    """A panel for each task; a policy has the same colour and marker in all."""
+    """A policy has the same colour and marker in all. Policies with their own budget have no place on the axis."""
     labels = list(dict.fromkeys(entry.label for entry in report.entries if entry.budget is not None))
     asked = [label for label in labels if label not in controls()]
     beside = [label for label in labels if label in controls()]
@@ -47,29 +19,34 @@ def panels(report: Report) -> list[Panel]:
     for task in report.tasks:
         entries = [entry for entry in report.entries if entry.task == task]
         placed = [entry for entry in entries if entry.budget is not None and entry.score is not None]
-        curves = [_curve(label, asked.index(label), placed, False) for label in asked]
-        curves += [_curve(label, beside.index(label), placed, True) for label in beside]
+        budgets = sorted({entry.budget for entry in placed if entry.budget is not None})
+        lines = [_line(label, asked.index(label), placed, budgets, False) for label in asked]
+        lines += [_line(label, beside.index(label), placed, budgets, True) for label in beside]
         found.append(
             Panel(
-                task,
-                tuple(sorted({entry.budget for entry in placed if entry.budget is not None})),
-                tuple(curve for curve in curves if curve.entries),
-                entries[0],
-                tuple(entry for entry in entries[1:] if entry.budget is None and entry.score is not None),
+                f"{task} ({entries[0].items} items)",
+                CAPTION,
+                tuple(f"{budget:,}" for budget in budgets),
+                "budget (tokens)",
+                tuple(line for line in lines if line.points),
+                point(0, entries[0]),
             )
         )
     return found
 
 
-def _curve(label: str, number: int, entries: Sequence[Entry], control: bool) -> Curve:
-    own = sorted((entry for entry in entries if entry.label == label), key=lambda entry: entry.budget or 0)
-    colour = GREY if control else SHADES[number % len(SHADES)].safe
-    turn = number // len(SHADES)
-    return Curve(label, tuple(own), colour, MARKERS[(number + turn) % len(MARKERS)], control)
+def _line(label: str, number: int, entries: Sequence[Entry], budgets: Sequence[int], control: bool) -> Line:
+    own = [entry for entry in entries if entry.label == label]
+    placed = [(budgets.index(entry.budget), entry) for entry in own if entry.budget is not None]
+    return dressed(
+        label, number, [found for at, entry in placed if (found := point(at, entry)) is not None], control=control
+    )
 
 
-def aside(curves: Sequence[Curve]) -> dict[str, float]:
-    """By label, how far a curve's points are moved aside, from -1 to 1, so that intervals do not hide one another."""
-    if len(curves) < 2:
-        return {curve.label: 0.0 for curve in curves}
-    return {curve.label: 2 * number / (len(curves) - 1) - 1 for number, curve in enumerate(curves)}
+def point(at: int, entry: Entry) -> Point | None:
+    """An entry's score over a place of the axis; None where it has none."""
+    if entry.score is None:
+        return None
+    score = entry.score
+    words = f"{entry.name}: {score.share:.1%} ({score.low:.1%} to {score.high:.1%})"
+    return Point(at, score.share, score.low, score.high, words)

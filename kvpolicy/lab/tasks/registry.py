@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 import kvpolicy.lab.tasks
 from kvpolicy.errors import UsageError
 from kvpolicy.lab.tasks.base import Task
+from kvpolicy.lab.tasks.gym import PREFIX, gym_task
 from kvpolicy.language.signals import loaded
 from kvpolicy.language.vocabulary import nearest
 
@@ -40,8 +41,18 @@ def tasks() -> Mapping[str, Task]:
     return dict(sorted(found.items()))
 
 
-def task_named(name: str) -> Task:
-    """The task of this name. Raises UsageError where there is none."""
+def task_named(name: str, others: Sequence[str] = ()) -> Task:
+    """The task of this name.
+
+    Args:
+        others: names that --tasks knows besides, for the message.
+
+    Raises:
+        UsageError: there is none.
+        MissingExtra: it needs a package that is not installed.
+    """
+    if name.startswith(PREFIX):
+        return gym_task(name)
     if name not in tasks():
-        raise UsageError(f"--tasks {name!r}: {nearest(name, list(tasks()))}")
+        raise UsageError(f"--tasks {name!r}: {nearest(name, [*tasks(), *others])}")
     return tasks()[name]
