@@ -189,7 +189,7 @@ def test_between_what_fails_and_what_fits_more_are_drawn() -> None:
     chosen = goal.chosen([each for each in found if each.measured is not None])
     assert chosen is not None and 300 <= chosen.bytes <= 320
     assert found[1].measured is None
-    assert len(found) < 12
+    assert sum(each.measured is not None for each in found) < 10
 
 
 def test_ranks_are_compared() -> None:
