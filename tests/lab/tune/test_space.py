@@ -49,6 +49,14 @@ def test_the_language_says_what_a_param_may_be() -> None:
     assert max(raas["touch"].values) == 1
 
 
+def test_a_size_is_searched_where_only_large_ones_fit() -> None:
+    """RaaS needs two pages of 16 beside a prompt of 16: more than this text of 40 tokens has."""
+    sizes = Sizer(load_policy("raas"), SHAPE, Lengths((16, 16), 24))
+    found = space(sizes, {})
+    assert [axis.name for axis in found.sizes] == ["budget"]
+    assert Drawer(found, sizes, 0).least().settings["budget"] != "1024"
+
+
 def test_params_that_are_set_or_are_luck_stay() -> None:
     found = space(sizer("keyformer"), {"recent": "5"})
     assert {axis.name for axis in found.axes} == {"budget", "temperature", "growth"}
