@@ -221,11 +221,11 @@ class Drawer:
 
 
 def _size(axis: Axis, factor: float, most: int) -> Fraction:
-    """A size times a factor: whole tokens from the least that makes sense to all of the text, or a share of at most 1
-    in thousandths."""
+    """A size times a factor: whole tokens up to twice the text, which is room for all of it in pages, or a share of at
+    most 1 in thousandths."""
     value = float(axis.default) * factor
     if axis.kind == "whole":
-        return Fraction(min(max(round(value), min(1, int(axis.values[0]))), most))
+        return Fraction(min(max(round(value), min(1, int(axis.values[0]))), 2 * most))
     if axis.kind == "share":
         return Fraction(min(max(1, round(1000 * value)), 1000), 1000)
     return Fraction(f"{value:.2e}")

@@ -157,9 +157,9 @@ def _axis(sizer: Sizer, value: Quantity, name: str, base: Settings, *, size: boo
     kind = _kind(default.share, default.constant, list(uses.values()))
     tried = _ladder(kind, default.constant, list(uses.values()), lengths.whole)
     values = tuple(sorted({value for each in tried for value in _taken(sizer, name, each, base, kind)}))
-    if len(values) < 2:
+    if len(values) < 2 and not size:
         return f"no value but {settings_of({name: default.constant})[name]} fits these lengths"
-    return Axis(name, kind, default.constant, values, size, percent=default.share)
+    return Axis(name, kind, default.constant, values or (default.constant,), size, percent=default.share)
 
 
 def _uses(sizer: Sizer, name: str, value: Fraction, base: Settings) -> dict[Path, Role]:

@@ -49,6 +49,14 @@ def test_the_language_says_what_a_param_may_be() -> None:
     assert max(raas["touch"].values) == 1
 
 
+def test_a_size_is_searched_where_only_large_ones_fit() -> None:
+    """RaaS needs two pages of 16 beside a prompt of 16: more than this text of 40 tokens has."""
+    sizes = Sizer(load_policy("raas"), SHAPE, Lengths((16, 16), 24))
+    found = space(sizes, {})
+    assert [axis.name for axis in found.sizes] == ["budget"]
+    assert Drawer(found, sizes, 0).least().settings["budget"] != "1024"
+
+
 def test_params_that_are_set_or_are_luck_stay() -> None:
     found = space(sizer("keyformer"), {"recent": "5"})
     assert {axis.name for axis in found.axes} == {"budget", "temperature", "growth"}
@@ -70,7 +78,7 @@ def test_what_cannot_be_searched_is_told(name: str, given: dict[str, str], only:
         space(sizer(name), given, only)
 
 
-@pytest.mark.parametrize("name", ["h2o", "scope-slide", "raas-compressed-prompt"])
+@pytest.mark.parametrize("name", ["h2o", "scope-slide", pytest.param("raas-compressed-prompt", marks=pytest.mark.slow)])
 def test_candidates_come_to_the_memory(name: str) -> None:
     sizes = sizer(name)
     drawer = Drawer(space(sizes, {}), sizes, 0)
@@ -90,7 +98,7 @@ def test_candidates_come_to_the_memory(name: str) -> None:
 def test_equal_seeds_draw_alike() -> None:
     def draws(seed: int) -> list[dict[str, str]]:
         sizes = sizer("scope-slide")
-        drawer = Drawer(space(sizes, {}, ["alpha", "beta1"]), sizes, seed)
+        drawer = Drawer(space(sizes, {"alpha2": "4", "beta2": "8"}), sizes, seed)
         first = [drawer.drawn(25_000) for _ in range(2)]
         near = [candidate for candidate in first if candidate is not None]
         return [each.settings for each in (*near, drawer.drawn(25_000, near)) if each is not None]
@@ -189,7 +197,7 @@ def test_between_what_fails_and_what_fits_more_are_drawn() -> None:
     chosen = goal.chosen([each for each in found if each.measured is not None])
     assert chosen is not None and 300 <= chosen.bytes <= 320
     assert found[1].measured is None
-    assert len(found) < 12
+    assert sum(each.measured is not None for each in found) < 10
 
 
 def test_ranks_are_compared() -> None:
