@@ -162,10 +162,10 @@ def run(
         from kvpolicy.lab.fidelity.measuring import Options as Led
 
         how = Led(new_tokens, batch, bool(chat), compile, generic)
-        asked = fidelity.Asked(arms(policies, order), texts, how, save, csv, html, png, json)
+        led = fidelity.Asked(arms(policies, order), texts, how, save, csv, html, png, json)
         with progress() as tell, _resumable(save):
             tell = tell if output.stderr().is_terminal else fidelity.arm_alone(tell)
-            fidelity.lead_through(loaded, tokenizer, model, asked, tell)
+            fidelity.lead_through(loaded, tokenizer, model, led, tell)
         return
     options = Options(items, seed, size, new_tokens, batch, chat, compile, generic)
     started = Run(loaded, tokenizer, model, options, save)
