@@ -139,8 +139,8 @@ def heat_picture(title: str, heats: Sequence[Heat]) -> bytes:
     size = (3.4 * len(heats) + 0.6, 3.6)
     chart = Figure(figsize=size, dpi=DPI, layout="constrained")
     chart.suptitle(title, fontsize=11)
-    paint = LinearSegmentedColormap.from_list("held", [GONE, SHADES[0].ranked, SHADES[0].safe])
-    paint.set_bad(PAPER)
+    shades = LinearSegmentedColormap.from_list("held", [GONE, SHADES[0].ranked, SHADES[0].safe])
+    paint = shades.with_extremes(bad=PAPER)
     grid = chart.subplots(1, len(heats), squeeze=False, sharey=True)[0]
     for axes, heat in zip(grid, heats, strict=True):
         cells = np.array([[np.nan if share is None else share for share in column] for column in heat.cells])

@@ -44,8 +44,8 @@ def _decode(lab: Lab, share: float) -> int:
 def compared(lab: Lab) -> Sequence[Arm]:
     """The three strategies, and unified caches of the same total."""
     arms = [full()]
-    for share in DECODE_SHARES:
-        half = _decode(lab, share) // 2
+    for whole in dict.fromkeys(_decode(lab, share) for share in DECODE_SHARES):
+        half = whole // 2
         arms += [_scope(lab, name, _alpha(lab), half, half) for name in STRATEGIES]
         arms += [arm(lab, name, _alpha(lab) + 2 * half) for name in UNIFIED]
     return arms
@@ -54,7 +54,7 @@ def compared(lab: Lab) -> Sequence[Arm]:
 def beta1(lab: Lab) -> Sequence[Arm]:
     """beta1 varies beside a fixed beta2."""
     half = _decode(lab, 1 / 4) // 2
-    sizes = [max(1, round(2 * half * split)) for split in SPLITS]
+    sizes = dict.fromkeys(max(1, round(2 * half * split)) for split in SPLITS)
     return [full(), *(
         _scope(lab, name, _alpha(lab), size, half, False, f"{name}{VARIANT}beta1 {size}")
         for name in STRATEGIES for size in sizes
@@ -64,7 +64,7 @@ def beta1(lab: Lab) -> Sequence[Arm]:
 def beta2(lab: Lab) -> Sequence[Arm]:
     """beta2 varies under a fixed beta1 + beta2."""
     whole = _decode(lab, 1 / 4)
-    sizes = [min(whole - 1, max(1, round(whole * split))) for split in SPLITS]
+    sizes = dict.fromkeys(min(whole - 1, max(1, round(whole * split))) for split in SPLITS)
     return [full(), *(
         _scope(lab, name, _alpha(lab), whole - size, size, False, f"{name}{VARIANT}beta2 {size}")
         for name in STRATEGIES for size in sizes
