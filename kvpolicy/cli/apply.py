@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,7 @@ from kvpolicy.cli.page import mib
 from kvpolicy.cli.picture import strip
 from kvpolicy.errors import UntestedWarning, UsageError
 from kvpolicy.language import Policy, load_policy
+from kvpolicy.models import builtin_models
 from kvpolicy.models.processes import processes
 
 if TYPE_CHECKING:
@@ -141,13 +141,7 @@ def read_prompt(prompt: str | None, file: Path | None, model: str, spec: str) ->
 
 def shipped_prompt(model: str) -> str | None:
     """The prompt that ships for a built-in model, None for any other."""
-    if model == "builtin:smollm2":
-        return (files("kvpolicy.models") / "prompts" / "demo.txt").read_text(encoding="utf-8")
-    if model == "builtin:tiny":
-        from kvpolicy.models.tiny.task import make_problem
-
-        return make_problem(0).prompt
-    return None
+    return next((known.prompt() for known in builtin_models() if known.name == model), None)
 
 
 def _check_folder(save: Path | None) -> None:

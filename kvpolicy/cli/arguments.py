@@ -12,6 +12,9 @@ import typer
 
 from kvpolicy.cli import output
 from kvpolicy.errors import UsageError
+from kvpolicy.models import builtin_models
+
+MODEL_HELP = f"{', '.join(model.name for model in builtin_models())}, a hub id, a folder, a .gguf file."
 
 Spec = Annotated[
     str, typer.Argument(metavar="SPEC", help="A policy: a YAML file, the name of a shipped one, or - for stdin.")
@@ -23,9 +26,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Set a param of the policy; may be given repeatedly."),
 ]
-Model = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="builtin:tiny, builtin:smollm2, a hub id, a folder, a .gguf file.")
-]
+Model = Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 PromptText = Annotated[
     str | None, typer.Option("--prompt", "-p", help="The prompt; built-in models have one of their own.")
 ]

@@ -37,7 +37,7 @@ EPILOG = (
 )
 
 DEFAULT_MODEL = "builtin:tiny"
-FIRST_CHOICE = ("passkey", "phrase")
+FIRST_CHOICE = ("passkey", "phrase", "chain")
 """The task that runs where none is named: the first that the model has words for."""
 
 BUDGETS = "64,128,256"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.arguments import Settings, Spec, parse_settings
+from kvpolicy.cli.arguments import MODEL_HELP, Settings, Spec, parse_settings
 from kvpolicy.cli.texts import with_settings
 from kvpolicy.errors import UsageError
 from kvpolicy.language import load_policy
@@ -21,9 +21,7 @@ EPILOG = (
 
 def run(
     spec: Spec,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="builtin:tiny, builtin:smollm2, a hub id, a folder, a .gguf file.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     harness: Annotated[
         list[str] | None, typer.Argument(metavar="-- ARGUMENTS…", help="What lm-eval is told: --tasks and the like.")
     ] = None,

@@ -30,6 +30,7 @@ import torch
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.language import Policy, load_policy, shipped_policies
 from kvpolicy.models import load_model
+from kvpolicy.models.builtin import DEMO
 from kvpolicy.models.tiny.task import make_problem
 from kvpolicy.patching import apply, cache_for, compile_report, remove
 from kvpolicy.plan import ModelGeometry, make_plan, unsupported
@@ -46,14 +47,14 @@ HALVINGS = 6
 DOUBLINGS = 3
 REFERENCE = "dense"
 COMPILE: dict[str, bool | str] = {"inductor": True, "eager": "eager", "no": False}
-DEMO = Path(__file__).parents[1] / "models" / "prompts" / "demo.txt"
 
 
 @dataclass(frozen=True)
 class Row:
     """What came of one policy. ``status``: ok, failed or refused; ``why`` says what was wrong.
 
-    moved: tokens that went on to another pool. longest_run: the most times in a row that one token was said. variety: different tokens in the newest half.
+    moved: tokens that went on to another pool. longest_run: the most times in a row that one token was said. variety:
+    different tokens in the newest half.
     """
 
     policy: str
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write, judge and tell; 1 where a policy failed, or is refused by the runtime."""
     parser = argparse.ArgumentParser(prog="python -m kvpolicy.lab.long_run", description=__doc__)
     parser.add_argument("policies", nargs="*", help="names or files; default: every shipped one")
-    parser.add_argument("--model", default="builtin:tiny", help="builtin:tiny, builtin:smollm2, or what apply takes")
+    parser.add_argument("--model", default="builtin:tiny", help="what apply takes")
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", choices=COMPILE, default="inductor")

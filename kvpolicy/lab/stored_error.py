@@ -26,11 +26,11 @@ from torch import Tensor
 from kvpolicy.errors import KvpolicyError, UsageError
 from kvpolicy.language import Policy, load_policy
 from kvpolicy.models import load_model
+from kvpolicy.models.builtin import DEMO
 from kvpolicy.patching import applied, cache_for
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.stored import dequantised
 
-DEMO = Path(__file__).parents[1] / "models" / "prompts" / "demo.txt"
 SIDES = ("keys", "values")
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvpolicy.errors import ModelError, UsageError
-from kvpolicy.models.builtin import PREFIX, find_builtin
+from kvpolicy.models.builtin import PREFIX, builtin_names, find_builtin
 from kvpolicy.models.gguf import read_gguf, require_gguf
 from kvpolicy.models.processes import Processes, processes
 from kvpolicy.models.quiet import quiet
@@ -148,7 +148,7 @@ def local_folder(spec: str) -> Path | None:
         ModelError: it can only be a folder and there is none, or the folder holds no model.
     """
     if not spec.strip():
-        raise ModelError("no model was named; give a local folder, a hub id, builtin:tiny or builtin:smollm2")
+        raise ModelError(f"no model was named; give a local folder, a hub id, {builtin_names()}")
     folder = Path(spec).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -157,7 +157,7 @@ def local_folder(spec: str) -> Path | None:
     if folder.is_file():
         raise ModelError(f"{spec} is a file; give a folder written by save_pretrained, or a .gguf file")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
-        raise ModelError(f"there is no folder {spec!r}; give a local folder, a hub id, builtin:tiny or builtin:smollm2")
+        raise ModelError(f"there is no folder {spec!r}; give a local folder, a hub id, {builtin_names()}")
     return None
 
 

@@ -112,7 +112,7 @@ def test_a_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["h2o", "--html", "none/r.html"], 2, "no folder"),
         (["h2o", "--tasks", "passkey"], 2, "no tokens for the words of the task passkey"),
         (["h2o", "--size", "5"], 2, "at least 15 words"),
-        (["h2o", "--size", "900"], 2, "15 to 254 words"),
+        (["h2o", "--size", "900"], 2, "254 words at the most"),
     ],
 )
 def test_wrong_input_is_one_sentence(

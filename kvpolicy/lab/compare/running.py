@@ -228,7 +228,7 @@ class Run:
             new_tokens=len(tokens),
             cut=cut,
             truncated=cut and not task.finished(item, output, cut=cut),
-            looped=loop(output.split(), allowed=task.period(item)) > 0,
+            looped=loop(task.words(output), allowed=task.period(item)) > 0,
             evicted=counts[0],
             resident=counts[1],
             unread=leaves_unread(cell.bound.plan, len(question.ids), len(tokens)),

@@ -46,12 +46,13 @@ class Item:
 
 class Task(ABC):
     """A kind of item. ``size`` is the number of words of its prompts unless another is asked for, ``least`` the fewest
-    that hold an item; prompts are that long but for a sentence."""
+    that hold an item, ``most`` the most, None: any number; prompts are that long but for a sentence."""
 
     name: str
     summary: str
     size: int = 400
     least: int = 100
+    most: int | None = None
 
     def make(self, count: int, seed: int, size: int | None = None) -> list[Item]:
         """``count`` items; equal arguments give equal items on every machine, whatever else it runs.
@@ -60,11 +61,13 @@ class Task(ABC):
             size: words of a prompt, about; None: the task's own.
 
         Raises:
-            UsageError: an item does not fit into so few words.
+            UsageError: an item does not fit into so few words, or cannot fill so many.
         """
         words = self.size if size is None else size
         if words < self.least:
             raise UsageError(f"the task {self.name} needs prompts of at least {self.least} words, not {words}")
+        if self.most is not None and words > self.most:
+            raise UsageError(f"the task {self.name} has prompts of {self.most} words at the most, not {words}")
         return [
             self.item(number, random.Random(f"kvpolicy {self.name} {seed} {words} {number}"), words)
             for number in range(count)
@@ -98,6 +101,10 @@ class Task(ABC):
     def period(self, item: Item) -> int:
         """Words after which a right output says the same again; 0: it never does. Any other period is a loop."""
         return 0
+
+    def words(self, output: str) -> Sequence[str]:
+        """The words of an output, among which loops are looked for."""
+        return output.split()
 
     def spoken(self, output: str, cut: bool) -> str:
         """The part of an output that is graded: after any thinking aloud, and without a last word that may be half."""

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 
-from kvpolicy.errors import UsageError
 from kvpolicy.lab.tasks.base import Item, Task
 from kvpolicy.models.tiny.task import make_problem
 
@@ -21,18 +20,13 @@ WORDS = 12
 ROUNDS = 4
 """How often it is to be said."""
 
-MOST = 254
-"""Words of a prompt that the model was trained on."""
-
 
 class Phrase(Task):
     name = "phrase"
     summary = "a phrase heard once amid humming, to be said over and over; what builtin:tiny was trained on"
-    size, least = 78, WORDS + 3
+    size, least, most = 78, WORDS + 3, 254  # it was trained on as many
 
     def item(self, number: int, rng: random.Random, size: int) -> Item:
-        if size > MOST:
-            raise UsageError(f"the task {self.name} has prompts of {self.least} to {MOST} words, not {size}")
         problem = make_problem(rng.randrange(2**32), words=WORDS, hums=size - WORDS - 1)
         turns = [(word, turn) for turn in range(1, ROUNDS + 1) for word in problem.phrase]
         place = {word: problem.prompt.split().index(word) / len(problem.prompt.split()) for word in problem.phrase}

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from kvpolicy.lab.tasks.base import Item, Task, first_said, places
-from kvpolicy.lab.tasks.wording import digits, hide
+from kvpolicy.lab.tasks.wording import digits, hide, made_names
 
 CHAINS, LINKS = 3, 3
 """Chains in a prompt, and variables in each."""
-
-CONSONANTS, VOWELS = "BDFGKLMNPRTVZ", "AEIOU"
 
 
 class Variables(Task):
@@ -22,7 +20,7 @@ class Variables(Task):
 
     def item(self, number: int, rng: random.Random, size: int) -> Item:
         values = digits(CHAINS, rng)
-        names = _names(CHAINS * LINKS, rng)
+        names = made_names(CHAINS * LINKS, rng)
         chains = [names[start : start + LINKS] for start in range(0, len(names), LINKS)]
         facts = [
             [f"{chain[0]} = {value}."] + [f"{name} = {before}." for before, name in pairwise(chain)]
@@ -46,14 +44,6 @@ class Variables(Task):
 
     def new_tokens(self, item: Item) -> int:
         return 24 + 24 * len(item.answers)
-
-
-def _names(count: int, rng: random.Random) -> list[str]:
-    """Different words of five letters that nobody else uses."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["".join(rng.choice(kind) for kind in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS))] = None
-    return list(found)
 
 
 def _merged(chains: list[list[str]], rng: random.Random) -> list[str]:

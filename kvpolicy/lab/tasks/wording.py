@@ -30,6 +30,8 @@ WHEN = (
 )
 """Nothing in these has a digit, or is a name that a task gives."""
 
+CONSONANTS, VOWELS = "BDFGKLMNPRTVZ", "AEIOU"
+
 
 def sentence(rng: random.Random) -> str:
     """One that says nothing of use."""
@@ -65,3 +67,11 @@ def hide(facts: Sequence[str], words: int, rng: random.Random, *, ordered: bool 
 def digits(count: int, rng: random.Random, length: int = 5) -> list[str]:
     """Different numbers of so many digits, as text."""
     return [str(number) for number in rng.sample(range(10 ** (length - 1), 10**length), count)]
+
+
+def made_names(count: int, rng: random.Random) -> list[str]:
+    """Different words of five letters that nobody else uses."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choice(kind) for kind in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS))] = None
+    return list(found)

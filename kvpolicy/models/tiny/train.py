@@ -8,18 +8,15 @@ longer as it learns.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvpolicy.models.tiny.task import HUM, SPECIALS, VOCABULARY, WORDS
+from kvpolicy.models.training import Lesson, fixed_tokenizer, train
 
 STEPS = 700
 LEARNING_RATE = 2e-3
@@ -48,19 +45,8 @@ def make_config() -> LlamaConfig:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word, `<bos>` in front."""
-    words = {word: index for index, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS_ID)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    """One id a word."""
+    return fixed_tokenizer(VOCABULARY, WhitespaceSplit())
 
 
 def make_batch(generator: torch.Generator, most: int, length: int) -> tuple[Tensor, Tensor]:
@@ -92,38 +78,20 @@ def schedule(step: int) -> tuple[int, int, float]:
     return words, max(length, 2 * words + 2), LEARNING_RATE * min(1.0, (step + 1) / 50) * cooling
 
 
-def train() -> LlamaForCausalLM:
-    """The trained model; prints its loss and how many words it predicts."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = LlamaForCausalLM(make_config())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    started = time.monotonic()
-    for step in range(STEPS):
-        words, length, rate = schedule(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids, labels = make_batch(generator, words, length)
-        asked = labels[:, 1:] != -100
-        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        logits, wanted = model.lm_head(states[asked]), labels[:, 1:][asked]
-        loss = nn.functional.cross_entropy(logits, wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 49:
-            right = float((logits.argmax(-1) == wanted).float().mean())
-            seconds = time.monotonic() - started
-            said = f"loss {loss.item():.3f}, right {right:.3f}, {seconds:.0f} s"
-            print(f"step {step + 1}: up to {words} words in {length}, {said}", flush=True)
-    return model.eval()
-
-
 def main() -> None:
     """Train, and write model and tokenizer to a folder (default: this one)."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    model = train()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def lesson(step: int, right: float) -> Lesson | None:
+        if step == STEPS:
+            return None
+        words, length, rate = schedule(step)
+        return Lesson(*make_batch(generator, words, length), rate, f"up to {words} words in {length}")
+
+    model = LlamaForCausalLM(make_config())
+    train(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01), lesson)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
