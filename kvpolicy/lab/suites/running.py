@@ -80,8 +80,21 @@ def chosen(suite: Suite, only: Sequence[str] | None) -> list[Experiment]:
     return [each for each in suite.experiments if each.name in wanted]
 
 
-def run(suite: Suite, lab: Lab, folder: Path, *, only: Sequence[str] | None, tell: Tell, command: str) -> Outcome:
+def run(
+    suite: Suite,
+    lab: Lab,
+    folder: Path,
+    *,
+    only: Sequence[str] | None,
+    tell: Tell,
+    command: str,
+    beside: Sequence[Path] = (),
+) -> Outcome:
     """Fill a folder with what is not in it yet, and say what came out.
+
+    Args:
+        only: experiments by name; None: all.
+        beside: files of other suites, whose rows may be taken.
 
     Raises:
         UsageError: the folder holds another run, or cannot be written.
@@ -93,6 +106,7 @@ def run(suite: Suite, lab: Lab, folder: Path, *, only: Sequence[str] | None, tel
     for experiment in experiments:
         path = file_of(experiment, folder)
         known = [file_of(each, folder) for each in suite.experiments if each is not experiment and each.same is None]
+        known += beside
         refused = experiment.measure(lab, path, [each for each in known if _like_compare(each)], tell)
         if refused or experiment.same is None:
             about["refused"][experiment.name] = refused
