@@ -150,9 +150,11 @@ def about_of(folder: Path) -> dict[str, Any]:
     """How a folder was filled. Raises UsageError."""
     try:
         found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return dict(found) if "suite" in found else {}[folder]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{folder} holds no run of a suite; make one with kvpolicy compare --suite") from None
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict) and "suite" in found:
+        return found
+    raise UsageError(f"{folder} holds no run of a suite; make one with kvpolicy compare --suite")
 
 
 def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:

@@ -51,6 +51,16 @@ def compared(lab: Lab) -> Sequence[Arm]:
     return arms
 
 
+def whole_prompt(lab: Lab) -> Sequence[Arm]:
+    """The three strategies behind a whole prompt, and unified caches of the same total."""
+    arms = [full()]
+    for whole in dict.fromkeys(_decode(lab, share) for share in DECODE_SHARES):
+        half = whole // 2
+        arms += [_scope(lab, name, _alpha(lab, 1.0), half, half) for name in STRATEGIES]
+        arms += [arm(lab, name, _alpha(lab, 1.0) + whole) for name in UNIFIED[:2]]
+    return arms
+
+
 def beta1(lab: Lab) -> Sequence[Arm]:
     """beta1 varies beside a fixed beta2."""
     half = _decode(lab, 1 / 4) // 2
@@ -97,8 +107,8 @@ def followed(lab: Lab) -> Sequence[Arm]:
     ]  # fmt: skip
 
 
-def _better(late: bool = False) -> tuple[Claim, ...]:
-    place = "late answers: " if late else ""
+def _better(late: bool = False, prompt: str = "") -> tuple[Claim, ...]:
+    place = prompt + ("late answers: " if late else "")
     return tuple(
         Claim(f"{place}{name} is better than {other} of equal size", Kind.ABOVE, name, other, late=late)
         for name in STRATEGIES for other in UNIFIED[:2]
@@ -117,6 +127,11 @@ SUITE = Suite(
         ByPlace(
             "scope-late", "Right answers by place in the output", "no figure of its own; long outputs are its point",
             "scope-accuracy", claims=_better(late=True),
+        ),
+        Accuracy(
+            "scope-whole", "Accuracy against budget: the whole prompt, and a share of the output",
+            "its rows with a prompt that is not compressed", whole_prompt, 
+            claims=_better(prompt="behind a whole prompt, "),
         ),
         Accuracy(
             "scope-beta1", "Generated tokens kept by score (beta1)", "its sensitivity to beta1, which it finds flat",
