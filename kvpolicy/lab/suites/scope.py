@@ -130,7 +130,7 @@ SUITE = Suite(
         ),
         Accuracy(
             "scope-whole", "Accuracy against budget: the whole prompt, and a share of the output",
-            "its rows with a prompt that is not compressed", whole_prompt, 
+            "its rows with a prompt that is not compressed", whole_prompt,
             claims=_better(prompt="behind a whole prompt, "),
         ),
         Accuracy(
