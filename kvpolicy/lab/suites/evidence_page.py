@@ -66,7 +66,7 @@ def _made(told: dict[str, Outcome]) -> str:
         machine = about["machine"]
         lines.append(
             f"- `{about['command']}`: {origin(about)}, {machine['device']}, {plural(machine['threads'], 'thread')}, "
-            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time (rows in "
+            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time at least (rows in "
             f"[evidence/{name}](evidence/{name}))"
         )
     return "\n".join(lines)

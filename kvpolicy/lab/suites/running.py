@@ -165,7 +165,7 @@ def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
         "dtype": str(lab.model.dtype).removeprefix("torch."), "task": lab.task.name,
         "size": lab.task.size if options.size is None else options.size, "seed": options.seed, "limit": lab.new,
         "prompt": lab.prompt, "page_size": lab.page, "device": str(lab.model.device), "versions": versions(),
-        "machine": environment(lab.model.device), "budgets": [], "seconds": 0.0, "cpu_seconds": 0.0, "refused": {},
+        "machine": machine(lab), "budgets": [], "seconds": 0.0, "cpu_seconds": 0.0, "refused": {},
     }  # fmt: skip
     if not (folder / ABOUT).exists():
         try:
@@ -183,6 +183,13 @@ def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
             )
     kept = ("budgets", "seconds", "cpu_seconds", "refused")
     return now | {name: before[name] for name in kept}
+
+
+def machine(lab: Lab) -> dict[str, Any]:
+    """What the numbers were made on, without what names one computer among others."""
+    told = environment(lab.model.device)
+    told.pop("platform")
+    return told
 
 
 def _write(path: Path, told: Mapping[str, Any]) -> None:

@@ -145,10 +145,6 @@ SUITE = Suite(
         Accuracy(
             "scope-prompt", "Share of the prompt that is kept", "its curves of accuracy over prompt ratios",
             prompt_ratio, Axis("alpha", "share of the prompt that is kept", of_prompt=True),
-            claims=tuple(
-                Claim(f"{name}: the more of the prompt is cut, the worse", Kind.BELOW, name, every=False)
-                for name in STRATEGIES
-            ),
         ),
         Kept(
             "scope-kept", "Position of kept tokens by step", "its heavy hitters by position: they move off the prompt",
