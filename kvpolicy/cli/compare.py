@@ -150,8 +150,6 @@ def run(
     wanted: list[int | None] = [None] if budgets == OWN else [*numbers(budgets, "--budgets")]
     policies = _policies(specs, parse_settings(settings))
     texts = fidelity.texts_of(tasks, dataset, cut, items)
-    if texts is not None and html is not None:
-        raise UsageError("the task fidelity writes no page; use --png, --csv or --json")
     from kvpolicy.lab.compare.arms import arms
     from kvpolicy.lab.compare.running import Options, Run
     from kvpolicy.lab.tasks.registry import task_named
@@ -164,7 +162,7 @@ def run(
         from kvpolicy.lab.fidelity.measuring import Options as Led
 
         how = Led(new_tokens, batch, bool(chat), compile, generic)
-        asked = fidelity.Asked(arms(policies, order), texts, how, save, csv, png, json)
+        asked = fidelity.Asked(arms(policies, order), texts, how, save, csv, html, png, json)
         with progress() as tell, _resumable(save):
             tell = tell if output.stderr().is_terminal else fidelity.arm_alone(tell)
             fidelity.lead_through(loaded, tokenizer, model, asked, tell)

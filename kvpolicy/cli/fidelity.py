@@ -24,13 +24,14 @@ NAME = "fidelity"
 
 @dataclass(frozen=True)
 class Asked:
-    """What `compare` was asked for. rows, csv, png: files to write."""
+    """What `compare` was asked for. rows, csv, html, png: files to write."""
 
     arms: Sequence[Arm]
     texts: Sequence[Text]
     options: Options
     rows: Path | None
     csv: Path | None
+    html: Path | None
     png: Path | None
     json: bool
 
@@ -80,21 +81,23 @@ def _finish(run: Fidelity, asked: Asked) -> None:
         output.note(f"{run.taken_up} of {len(run.rows)} results were in {escape(str(asked.rows))} already")
     if asked.json:
         told = [entry.to_dict() for entry in found]
-        command = f"kvpolicy {' '.join(sys.argv[1:])}"
-        output.json_object(
-            {"model": run.name, "entries": told, "verdicts": warnings, "refused": refused, "command": command}
-        )
+        said = {"model": run.name, "way": run.way, "entries": told, "verdicts": warnings, "refused": refused}
+        output.json_object(said | {"command": _command()})
     else:
         title = f"{run.name}: against the full cache on the same texts (in brackets: 95 % intervals)"
         output.table(COLUMNS, [[escape(cell) for cell in line] for line in table(found)], title=title)
         for warning in warnings:
             output.data(escape(warning))
-        for each in refused:
-            at = "" if each["budget"] is None else f" at {each['budget']:,}"
-            output.data(escape(f"{each['label']}{at} cannot run: {each['reason']}"))
+        for sentence in run.refusals():
+            output.data(escape(sentence))
     if asked.csv is not None:
         output.write_file(asked.csv, as_csv(found))
         output.note(f"wrote {escape(str(asked.csv))}")
+    if asked.html is not None:
+        from kvpolicy.lab.fidelity.page import page
+
+        output.write_file(asked.html, page(run.name, found, list(run.refusals()), _command()))
+        output.note(f"wrote {escape(str(asked.html))}")
     if asked.png is not None:
         from kvpolicy.lab.fidelity.picture import picture
 
@@ -103,6 +106,10 @@ def _finish(run: Fidelity, asked: Asked) -> None:
         except OSError as error:
             raise UsageError(f"cannot write {asked.png}: {error.strerror}") from None
         output.note(f"wrote {escape(str(asked.png))}")
+
+
+def _command() -> str:
+    return f"kvpolicy {' '.join(sys.argv[1:])}"
 
 
 def arm_alone(tell: Callable[[int, int, str], None]) -> Callable[[int, int, str], None]:

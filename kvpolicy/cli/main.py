@@ -30,6 +30,7 @@ VERBS = (  # a verb is kvpolicy/cli/<verb>.py with a function `run`, imported wh
     "new",
     "trace",
     "analyze",
+    "tune",
     "list",
     "schema",
     "env",

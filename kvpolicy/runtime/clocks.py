@@ -5,7 +5,7 @@ Graphs read only the tensors, which keep their addresses; the host keeps its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +145,11 @@ class Clocks:
         self.host_t, self.columns = other.host_t, other.columns
         for clock, leads in zip(self.streams, other.streams, strict=True):
             clock.host_fills = set(leads.host_fills)
+
+    def stand_at(self, before: Sequence[Tensor]) -> None:
+        """Go back on the device to where ``tensors`` were of these values; what the host counts goes on."""
+        for own, old in zip(self.tensors(), before, strict=True):
+            own.copy_(old)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor with one entry per row, for reordering and for counting bytes."""

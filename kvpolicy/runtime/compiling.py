@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan, LocalPlan
 from kvpolicy.runtime.artefacts import artefacts_kept
+from kvpolicy.runtime.moment import GIVEN, PROMPT
 from kvpolicy.runtime.tracing import TRACING
 from kvpolicy.runtime.unchanged import Unchanged, made_of
 
@@ -286,7 +287,7 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
-        if kv_layer is None or kv_layer.moment.kind == "prompt":
+        if kv_layer is None or kv_layer.moment.kind in (PROMPT, GIVEN):
             return self._eager(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not self.compiler.ready(self.layer, hidden_states, kwargs):

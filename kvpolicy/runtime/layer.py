@@ -6,7 +6,8 @@ from torch import Tensor
 
 from kvpolicy.attention import Formula
 from kvpolicy.runtime.chunks import attend_in_chunks
-from kvpolicy.runtime.moment import PROMPT, opened
+from kvpolicy.runtime.given import attend_one_by_one
+from kvpolicy.runtime.moment import GIVEN, PROMPT, opened
 from kvpolicy.runtime.prompt_pass import PromptPass
 from kvpolicy.runtime.token_pass import TokenPass
 
@@ -24,4 +25,6 @@ class PolicyLayer(TokenPass, PromptPass):
             return attend_in_chunks(self, query, key, value, self._prompt, formula)
         if kind == PROMPT:
             return self._prompt(query, key, value, formula)
+        if kind == GIVEN:
+            return attend_one_by_one(self, query, key, value, formula)
         return self._token(query, key, value, formula, kind)

@@ -16,7 +16,8 @@ from kvpolicy.attention.backends import TORCH
 from kvpolicy.plan import LocalPlan
 from kvpolicy.plan.layer_kinds import SLIDING
 from kvpolicy.runtime.clocks import TORCH_DTYPES
-from kvpolicy.runtime.moment import PROMPT, Site, opened
+from kvpolicy.runtime.given import attend_one_by_one
+from kvpolicy.runtime.moment import GIVEN, PROMPT, Site, opened
 from kvpolicy.runtime.protocol import FixedLayer
 
 TILE = 512
@@ -48,8 +49,11 @@ class LocalLayer(FixedLayer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
         """Attention output [B, N, Q, D] of a pass that ``PolicyCache.begin`` opened."""
-        if opened(self.moment) == PROMPT:
+        kind = opened(self.moment)
+        if kind == PROMPT:
             return self._prompt(query, key, value, formula)
+        if kind == GIVEN:
+            return attend_one_by_one(self, query, key, value, formula)
         now = self.clocks.position
         slot = now % self.plan.slots
         self.keys[self.rows, :, slot] = key[:, :, 0]

@@ -14,7 +14,7 @@ from kvpolicy.plan import Plan
 from kvpolicy.runtime.chunks import Chunk
 from kvpolicy.runtime.clocks import Clocks, Places
 
-PROMPT, PLAIN, UPDATE = "prompt", "plain", "update"
+PROMPT, PLAIN, UPDATE, GIVEN = "prompt", "plain", "update", "given"
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Moment:
     For prompt passes also the tokens' positions [B, N], by stream their numbers within the turn [B, N], which of them
     have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
     empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
-    update follows each.
+    update follows each. For generated passes that are taken at once (``GIVEN``) their kinds, one after the other, as
+    ``steps``, and in ``before`` where the clocks stood before the first.
     ``plan``, ``kinds`` and ``rotation`` do not change from pass to pass: the cache's plan, the kinds of its generated
     passes, and how keys are turned where positions are compact.
     """
@@ -41,6 +42,8 @@ class Moment:
     plan: Plan | None = None
     kinds: tuple[str, ...] = ()
     chunks: tuple[Chunk, ...] = ()
+    steps: tuple[str, ...] = ()
+    before: tuple[Tensor, ...] = ()
     rotation: Rotation | None = None
 
     def at(self, number: int) -> Moment:

@@ -15,7 +15,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan import Plan, PoolPlan
 from kvpolicy.runtime.chunks import cut
 from kvpolicy.runtime.clocks import Clocks
-from kvpolicy.runtime.moment import PLAIN, PROMPT, UPDATE, Moment, Site
+from kvpolicy.runtime.moment import GIVEN, PLAIN, PROMPT, UPDATE, Moment, Site
 from kvpolicy.runtime.tail import Tail
 
 
@@ -77,12 +77,13 @@ class Passes:
         special: Tensor | None = None,
         modality: Tensor | None = None,
     ) -> str:
-        """Open the next pass of the model and say what it is: "prompt", "plain" or "update".
+        """Open the next pass of the model and say what it is: "prompt", "plain", "update" or "given".
 
         Args:
             columns: N, new tokens per row, padding included.
             valid: [B, N] bool, False where a column is padding; None where nothing is.
             kind: "prompt" or "generated"; by default one column on a non-empty cache is generated, all else a prompt.
+                "given": so many generated passes at once, whose tokens are known (runtime/given.py).
             more: whether further chunks of this prompt turn follow; by default only where ``expect_prompt`` says so.
             special: [B, N] bool, which tokens of a prompt pass are special; None where none is.
             modality: [B, N], of what kind the tokens of a prompt pass are: 1 (or True) for an image's, 0 for text, and
@@ -97,8 +98,11 @@ class Passes:
             opened = self.open_step(columns, valid)
             self.advance(opened)
             return opened
+        if kind == GIVEN:
+            self._begin_given(columns, valid)
+            return GIVEN
         if kind != "prompt":
-            raise CacheError(f"a pass is of kind prompt or generated, not {kind!r}")
+            raise CacheError(f"a pass is of kind prompt, generated or given, not {kind!r}")
         self._begin_prompt(columns, valid, more, told)
         for site in self.sites:
             site.clocks.columns += columns
@@ -165,6 +169,23 @@ class Passes:
         self._set(kind)
         for site in self.sites:
             site.clocks.advance()
+
+    def _begin_given(self, columns: int, valid: Tensor | None) -> None:
+        """Open generated passes whose tokens are all there. The clocks stand at the last one's; every layer goes back,
+        and through them by itself."""
+        if not 1 <= columns <= self.plan.max_new_tokens - self.clocks.host_t:
+            raise CacheError(
+                f"this cache was planned for {self.plan.max_new_tokens} generated tokens, has {self.clocks.host_t}, "
+                f"and cannot take {columns} more; plan for more (max_new_tokens)"
+            )
+        before = [tuple(tensor.clone() for tensor in site.clocks.tensors()) for site in self.sites]
+        steps = []
+        for _ in range(columns):
+            steps.append(self.open_step(1, valid))
+            self.advance(steps[-1])
+        for site, stood in zip(self.sites, before, strict=True):
+            site.moment.steps, site.moment.before, site.moment.columns = tuple(steps), stood, columns
+        self._set(GIVEN)
 
     def _set(self, kind: str | None) -> None:
         for site in self.sites:

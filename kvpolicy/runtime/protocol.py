@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError
 from kvpolicy.runtime.clocks import Clocks
-from kvpolicy.runtime.moment import PROMPT, Moment, opened
+from kvpolicy.runtime.moment import GIVEN, PROMPT, Moment, opened
 
 
 class FixedLayer(CacheLayerMixin):
@@ -30,7 +30,11 @@ class FixedLayer(CacheLayerMixin):
     @property
     def query_position(self) -> Tensor:
         """Where the queries of the pass that is open stand in their rows' text [B, N], -1 for padding."""
-        position = self.moment.position if opened(self.moment) == PROMPT else self.clocks.position[:, None]
+        kind = opened(self.moment)
+        position = self.moment.position if kind == PROMPT else self.clocks.position[:, None]
+        if kind == GIVEN:  # the clocks stand at the last of them
+            assert position is not None
+            return position + torch.arange(1 - len(self.moment.steps), 1, device=position.device)
         assert position is not None
         return position
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvpolicy.lab.compare.arms import arms
+from kvpolicy.lab.compare.running import Options, Run
 from kvpolicy.lab.tasks.registry import task_named
+from kvpolicy.language import load_policy
 from kvpolicy.models import load_model
 from kvpolicy.models.reasoner import problem as problems
 from kvpolicy.models.reasoner import train as script
@@ -105,6 +108,22 @@ def test_lessons_grow_longer_as_they_are_learned_and_end(monkeypatch):
     for step in range(30):
         assert slow.lesson(step, 0.9) is not None
     assert slow.lines == 3
+
+
+@pytest.mark.slow
+def test_policies_are_told_apart(reasoner):
+    """At two thirds of the text: what ranks by the last use keeps milestones that others lose."""
+    model, tokenizer = reasoner
+    made = Run(model, tokenizer, "builtin:reasoner", Options(count=8, batch=8))
+    asked = [(name, load_policy(name), {}) for name in ("raas", "h2o", "streaming-llm")]
+    made.run(arms(asked, [384]), [task_named("chain")])
+    right = {row.label: [] for row in made.rows}
+    for row in made.rows:
+        right[row.label].append(row.share)
+    share = {label: sum(of) / len(of) for label, of in right.items()}
+    assert share["dense"] > 0.95 and share["raas"] > 0.85
+    assert share["raas"] > share["h2o"] + 0.05 > share["random"] + 0.1 and share["raas"] > share["window"] + 0.15
+    assert share["streaming-llm"] < 0.8
 
 
 def test_it_solves_its_problems_under_the_full_cache(reasoner):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 from kvpolicy.errors import PolicyError, UsageError
 from kvpolicy.language import Policy, QuantityError
@@ -17,6 +18,9 @@ from kvpolicy.plan import ModelGeometry, Plan, make_plan
 
 HALVINGS = 16
 """How often a param is halved, and how often all are doubled, in search of the budget."""
+
+LARGE = Fraction(64)
+"""Tokens, at least so many of which a share of a short prompt is taken for: of two, the half tells nothing."""
 
 ENDLESS = 10**7
 """Tokens of a text in which every pool gets as full as it may."""
@@ -58,35 +62,13 @@ def with_budget(
     """
     given = dict(given or {})
     base = policy.bind(**given) if given else policy
-    shape = geometry if _minds_layers(base) else replace(geometry, layers=1)
-
-    def planner(prompt: int, new: int, shape: ModelGeometry = shape) -> Planner:
-        made: dict[frozenset[tuple[str, Fraction]], Plan | PolicyError | UsageError] = {}
-
-        def plan_for(values: Values) -> Plan:
-            """The plan; a search comes back to the same values again and again, once they are rounded."""
-            key = frozenset(values.items())
-            if key not in made:
-                try:
-                    made[key] = fresh(values)
-                except (PolicyError, UsageError) as refusal:
-                    made[key] = refusal
-            found = made[key]
-            if isinstance(found, Plan):
-                return found
-            raise found
-
-        def fresh(values: Values) -> Plan:
-            bound = base.bind(**given, **_settings(values)) if values else base
-            return make_plan(bound, shape, prompt=prompt, max_new_tokens=new)
-
-        return plan_for
-
+    shape = geometry if minds_layers(base) else replace(geometry, layers=1)
+    planner = partial(_planner, base, given)
     found: Values = {}
     if budget is not None:
         values = _numbers(base, given, prompt, max_new_tokens)
-        search = _Search(budget, planner(prompt, max_new_tokens))
-        endless = [planner(ENDLESS, ENDLESS), planner(prompt, ENDLESS)]
+        search = _Search(budget, planner(shape, prompt, max_new_tokens))
+        endless = [planner(shape, ENDLESS, ENDLESS), planner(shape, prompt, ENDLESS)]
         fit = search.run(values, lambda: [name for name in values if _is_size(name, values[name], endless)])
         if fit is None:
             raise UsageError(
@@ -95,9 +77,54 @@ def with_budget(
                 "--set NAME=VALUE, without --budget"
             )
         found = fit
-    settings = {**given, **_settings(found)}
-    plan = planner(prompt, max_new_tokens, geometry)(found)
+    settings = {**given, **settings_of(found)}
+    plan = planner(geometry, prompt, max_new_tokens)(found)
     return Budgeted(base.bind(**settings) if settings else base, settings, held_by(plan), plan)
+
+
+def sizes_of(
+    policy: Policy,
+    geometry: ModelGeometry,
+    *,
+    prompt: int,
+    max_new_tokens: int,
+    given: Mapping[str, str] | None = None,
+) -> Values:
+    """The params that are sizes, and what they are at these lengths; those that were given are none."""
+    given = dict(given or {})
+    base = policy.bind(**given) if given else policy
+    shape = geometry if minds_layers(base) else replace(geometry, layers=1)
+    endless = [_planner(base, given, shape, length, ENDLESS) for length in (ENDLESS, prompt)]
+    values = _numbers(base, given, prompt, max_new_tokens)
+    shares = {name for name, value in values.items() if value >= 1 and base.params[name].value.constant is None}
+    asked = {name: max(value, LARGE) if name in shares else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if _is_size(name, asked[name], endless)}
+
+
+def _planner(base: Policy, given: Mapping[str, str], shape: ModelGeometry, prompt: int, new: int) -> Planner:
+    """Plans of a policy for these lengths, by values of its other params.
+
+    A search comes back to the same values again and again, once they are rounded: each plan is made once.
+    """
+    made: dict[frozenset[tuple[str, Fraction]], Plan | PolicyError | UsageError] = {}
+
+    def fresh(values: Values) -> Plan:
+        bound = base.bind(**given, **settings_of(values)) if values else base
+        return make_plan(bound, shape, prompt=prompt, max_new_tokens=new)
+
+    def plan_for(values: Values) -> Plan:
+        key = frozenset(values.items())
+        if key not in made:
+            try:
+                made[key] = fresh(values)
+            except (PolicyError, UsageError) as refusal:
+                made[key] = refusal
+        found = made[key]
+        if isinstance(found, Plan):
+            return found
+        raise found
+
+    return plan_for
 
 
 class _Search:
@@ -212,7 +239,8 @@ def _scaled(value: Fraction, factor: Fraction) -> Fraction:
     return Fraction(max(1, round(value * factor * 10_000)), 10_000)
 
 
-def _settings(values: Mapping[str, Fraction]) -> dict[str, str]:
+def settings_of(values: Mapping[str, Fraction]) -> dict[str, str]:
+    """Values as ``--set`` takes them."""
     return {
         name: str(value.numerator) if value.denominator == 1 else str(float(value)) for name, value in values.items()
     }
@@ -227,7 +255,7 @@ def _pages(plan: Plan) -> list[int]:
     return [pool.page for layer in plan.layers for pool in layer.pools]
 
 
-def _minds_layers(policy: Policy) -> bool:
+def minds_layers(policy: Policy) -> bool:
     """Whether layers may differ. Raises nothing: what cannot be folded is not about layers."""
     if policy.overrides:
         return True

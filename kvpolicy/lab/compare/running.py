@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -13,16 +11,15 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import kvpolicy
-from kvpolicy.errors import PolicyError, UsageError
-from kvpolicy.lab.compare.arms import Arm, Bound, bound, leaves_unread
+from kvpolicy.errors import UsageError
+from kvpolicy.lab.compare.arms import Arm, Bound, leaves_unread
+from kvpolicy.lab.compare.keeping import Keeping
 from kvpolicy.lab.compare.loops import loop
-from kvpolicy.lab.compare.rows import Row, append, digest, read
-from kvpolicy.lab.running import Request, encode, plan_for
+from kvpolicy.lab.compare.rows import Row, digest
+from kvpolicy.lab.running import Request, encode
 from kvpolicy.lab.tasks.base import Item, Task
 from kvpolicy.lab.watching import kept_by_row
-from kvpolicy.models.processes import processes
 from kvpolicy.patching import applied, cache_for
-from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import DecodeLoop, PolicyCache
 
 
@@ -63,29 +60,16 @@ class Cell:
     questions: Sequence[Question]
     limit: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}: {self.bound.arm.name}"
+
 
 @dataclass
-class Run:
-    """A model and what is asked of it; ``rows`` grow, and ``refused`` names arms that cannot run, with the reason.
+class Run(Keeping):
+    """A model and the tasks that it is given."""
 
-    name: what the model is called in rows. path: where rows are kept, and from where they are taken up again. known:
-    rows of other runs that count as well; those that this one would make are copied into its file.
-    """
-
-    model: Any
-    tokenizer: Any
-    name: str
     options: Options
-    path: Path | None = None
-    tell: Callable[[int, int, str], None] = lambda done, total, what: None
-    known: Sequence[Row] = ()
-    rows: list[Row] = field(default_factory=list)
-    refused: dict[tuple[str, str, int | None], str] = field(default_factory=dict)
-    taken_up: int = 0
-
-    @property
-    def geometry(self) -> ModelGeometry:
-        return ModelGeometry.from_config(self.model.config, str(self.model.dtype).removeprefix("torch."))
 
     def run(self, arms: Sequence[Arm], tasks: Sequence[Task]) -> None:
         """Fill ``rows``: those of the file that this run would make, and the others as they come.
@@ -94,10 +78,7 @@ class Run:
             UsageError: a task's prompts make no sense to this model, or rows cannot be read or written.
             ModelError: a text would be longer than the model's.
         """
-        here = processes()
-        own = here.told(lambda: {row.key: row for row in read(self.path)} if self.path else {})
-        known = {row.key: row for row in self.known} | own
-        cells = []
+        known, cells = self.find_known(), []
         for task in tasks:
             for cell in self._cells(task, arms):
                 old = {question.item.number: known.get(self._row(cell, question).key) for question in cell.questions}
@@ -105,33 +86,15 @@ class Run:
                 self.rows += [replace(row, label=name, settings=settings) for row in old.values() if row is not None]
                 left = [question for question in cell.questions if old[question.item.number] is None]
                 cells += [replace(cell, questions=part) for part in _parts(left, self.options.batch)]
-        self.taken_up = len(self.rows)
-        if self.path is not None and here.first and (more := [row for row in self.rows if row.key not in own]):
-            append(self.path, more)
-        for start in range(0, len(cells), here.count):
-            now = cells[start : start + here.count]
-            self.tell(start, len(cells), f"{now[0].task.name}: {now[0].bound.arm.name}")
-            new = [row for rows in here.spread(now, self.answers) for row in rows]
-            self.rows += new
-            if self.path is not None and here.first:
-                append(self.path, new)
-        self.tell(len(cells), len(cells), "done")
+        self.make(cells, self.answers)
 
     def _cells(self, task: Task, arms: Sequence[Arm]) -> Iterator[Cell]:
-        """A task under each arm that can run it, its params found for the longest of its texts."""
+        """A task under each arm that can run it."""
         questions = self.questions(task)
-        prompt, limit = self._lengths(task, questions)
-        plan_for(self.model, arms[0].policy, prompt, limit)  # refuses what is too long for the model itself
-        seen: set[str] = set()
-        for arm in arms:
-            try:
-                found = bound(arm, self.geometry, prompt=prompt, max_new_tokens=limit)
-            except (UsageError, PolicyError) as refusal:
-                self.refused[task.name, arm.label, arm.budget] = str(refusal).splitlines()[0]
-                continue
-            if (key := f"{found.policy.digest} {arm.budget}") not in seen:
-                seen.add(key)
-                yield Cell(found, task, questions, limit)
+        most, limit = self._lengths(task, questions)
+        fewest = min(len(question.ids) for question in questions)
+        for found in self.arms_that_run(task.name, arms, (fewest, most), limit):
+            yield Cell(found, task, questions, limit)
 
     def questions(self, task: Task) -> list[Question]:
         """A task's items as the model reads them. Raises UsageError where it has no tokens for its words."""
@@ -171,7 +134,7 @@ class Run:
         found, item = cell.bound, question.item
         return Row(
             model=self.name,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             label=found.arm.label,
             digest=found.policy.digest,
             budget=found.arm.budget,

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KvpolicyError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
-    for (_, label, budget), reason in run.refused.items():
-        print(f"{label} at {budget} cannot run: {reason}", file=sys.stderr)
+    for sentence in run.refusals():
+        print(sentence, file=sys.stderr)
     lines = [COLUMNS, *table(found)]
     wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

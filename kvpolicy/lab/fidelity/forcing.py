@@ -1,15 +1,15 @@
 """Texts through a policy's cache under teacher forcing, held against the full cache at every place of the output.
 
 The prompt goes through prompt passes and the output through generated steps one by one, as if the model had written it:
-a policy decides at every step. Texts run as rows of one batch: what a step costs is mostly reading weights, and rows
-share that; they share nothing else.
+a policy decides at every step. Texts run as rows of one batch: rows share the price of a step, and nothing else.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,16 +17,22 @@ from torch import Tensor
 
 from kvpolicy.lab.compare.running import padded
 from kvpolicy.lab.fidelity.full_cache import Body, Forced, Head
+from kvpolicy.lab.fidelity.mass import EVERY, Mass
 from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for
+from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.moment import GIVEN
 from kvpolicy.runtime.stepping import Stepper
 
 BLOCK = 64
 """Places of the output that are compared at once, and of which one number of each measure is kept."""
 
 MEASURES = ("kl", "top1", "nll", "full_nll")
+
+MASS = "mass"
+"""Measured at some places alone (``mass.py``), which are counted apart."""
 
 
 @dataclass
@@ -36,12 +42,16 @@ class Series:
     count: places of each block. sums: of each measure over a block: ``kl``, KL(full cache || policy) in nats; ``top1``,
     whether both put the same token first; ``nll`` and ``full_nll``, the negative log likelihood of the text's token
     under the policy and under the full cache, in nats.
-    evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of the cache.
+    mass, mass_count: by block, the sum of the attention mass kept over the places where it was measured, and how many
+    these are. evicted: over all layers and KV heads. resident: the most of any of them at the end. bytes: this row's of
+    the cache.
     """
 
     number: int
     count: list[int] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in MEASURES})
+    mass: list[float] = field(default_factory=list)
+    mass_count: list[int] = field(default_factory=list)
     evicted: int = 0
     resident: int = 0
     bytes: int = 0
@@ -60,6 +70,14 @@ class Series:
         for name, values in compared.items():
             self.sums[name].append(float(values.double().sum()))
 
+    def add_mass(self, by_place: Mapping[int, float]) -> None:
+        """The mass kept by place of the output; those behind the text's end are another's."""
+        self.mass, self.mass_count = [0.0] * len(self.count), [0] * len(self.count)
+        for place, mass in by_place.items():
+            if place < self.places:
+                self.mass[place // BLOCK] += mass
+                self.mass_count[place // BLOCK] += 1
+
 
 def compare(head: Head, full: Tensor, policy: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """By measure, a number for each place [n], from hidden states [n, D] and the text's tokens [n]."""
@@ -75,13 +93,17 @@ def compare(head: Head, full: Tensor, policy: Tensor, tokens: Tensor) -> dict[st
 @dataclass(frozen=True)
 class Forcing:
     """How texts are run. prompt: the (fewest, most) tokens of any prompt, new_tokens the most of any output: every
-    batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once."""
+    batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once. by_layer:
+    which of two ways through the model they take, None: the faster (``takes_layers``). mass_every: of so many places,
+    at one the attention mass kept is measured, 0: nowhere; nor where steps are compiled."""
 
     prompt: tuple[int, int]
     new_tokens: int
     batch: int = 8
     compile: bool | str = False
     generic: bool = False
+    by_layer: bool | None = None
+    mass_every: int = EVERY
 
     @classmethod
     def of(cls, texts: Sequence[Forced], **more: Any) -> Forcing:
@@ -111,6 +133,9 @@ def force(
         UsageError, ModelError, PolicyError: the policy cannot run on this model, or on these lengths.
     """
     head, done, began = Head(model), 0, time.perf_counter()
+    geometry = ModelGeometry.from_config(model.config)
+    fast = takes_layers(model.device, geometry, bool(how.compile))
+    by_layer, every = fast if how.by_layer is None else how.by_layer, 0 if how.compile else how.mass_every
 
     def step(tokens: int) -> None:
         nonlocal done
@@ -125,33 +150,76 @@ def force(
             if cache is None or cache.plan.batch != len(rows):
                 cache = cache_for(model, prompt=how.prompt, max_new_tokens=how.new_tokens, batch=len(rows))
             cache.reset()
-            found += _Batch(model, cache, rows, full[start : start + how.batch], head, step).run()
+            full_here = full[start : start + how.batch]
+            found += _Batch(model, cache, rows, full_here, head, step, by_layer, every).run()
     return found
 
 
-def lead(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Iterator[Tensor]:
-    """Lead texts through an empty cache, as its rows: before each place of the longest output, what ``body`` says of it
-    in every row [B, D] (overwritten by the next). A row that has ended is fed on.
+def takes_layers(device: torch.device, geometry: ModelGeometry, compiled: bool) -> bool:
+    """Whether texts go through a model layer by layer (`Lead`), or token by token through all of it.
+
+    The first is the faster on a CPU, where the price of a step is weights to read. A GPU replays recorded steps, and a
+    step that was compiled is one of the whole model. A layer with a state in place of tokens takes its tokens singly.
+    """
+    return device.type == "cpu" and not geometry.states and not compiled
+
+
+class Lead:
+    """Leads texts through an empty cache, as its rows; a row that has ended is fed on.
 
     body: a patched model, which says logits, or its ``Body``, which says hidden states.
+
+    The tokens of the output are all known. So the model takes a stretch of them in one call, and each layer goes
+    through them by itself, one by one, as generated steps (runtime/given.py); or, with ``by_layer`` False, the model is
+    called for each. What is kept after each token is the same.
     """
-    device, longest = cache.device, max(len(text.output) for text in texts)
-    tokens = torch.zeros(len(texts), longest, dtype=torch.int64, device=device)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text.output)] = text.output
-    yield _prompts(body, cache, texts)
-    lengths = torch.tensor([[len(text.prompt)] for text in texts], device=device)
-    stepper = Stepper(body, cache)
-    try:
-        stepper.start(tokens[:, :1], lengths)
-        for place in range(longest - 1):
-            yield stepper.step(tokens[:, place : place + 1])
-    finally:
-        stepper.close()
+
+    def __init__(self, body: Any, cache: PolicyCache, texts: Sequence[Forced], *, by_layer: bool) -> None:
+        self.body, self.cache, self.texts, self.by_layer = body, cache, texts, by_layer
+        self.longest, device = max(len(text.output) for text in texts), cache.device
+        self.tokens = torch.zeros(len(texts), self.longest, dtype=torch.int64, device=device)
+        for row, text in enumerate(texts):
+            self.tokens[row, : len(text.output)] = text.output
+        self.lengths = torch.tensor([[len(text.prompt)] for text in texts], device=device)
+
+    def run(self, stretch: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
+        """A place of the outputs, and what the body says before this and the next ones [B, n, D], of which some may be
+        overwritten later. After each the cache stands where it does when the last of these places is asked about.
+
+        Args:
+            stretch: places at once, at the most; one also ends where a row does.
+        """
+        yield 0, _prompts(self.body, self.cache, self.texts)
+        if self.by_layer:
+            yield from self._by_layer(stretch)
+        else:
+            yield from self._by_step()
+
+    def _by_layer(self, stretch: int) -> Iterator[tuple[int, Tensor]]:
+        ends = {len(text.output) - 1 for text in self.texts} | set(range(stretch - 1, self.longest - 1, stretch))
+        for start, stop in pairwise(sorted({0} | ends)):
+            self.cache.begin(stop - start, kind=GIVEN)
+            self.cache.opened_ahead = True
+            said = self.body(
+                input_ids=self.tokens[:, start:stop],
+                position_ids=self.lengths + torch.arange(start, stop, device=self.lengths.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            yield start + 1, said.logits
+
+    def _by_step(self) -> Iterator[tuple[int, Tensor]]:
+        stepper = Stepper(self.body, self.cache)
+        try:
+            stepper.start(self.tokens[:, :1], self.lengths)
+            for place in range(self.longest - 1):
+                yield place + 1, stepper.step(self.tokens[:, place : place + 1])[:, None]
+        finally:
+            stepper.close()
 
 
 def _prompts(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Tensor:
-    """All prompts in one pass, padded on the left; what is said after each [B, D]."""
+    """All prompts in one pass, padded on the left; what is said after each [B, 1, D]."""
     ids, mask = padded([text.prompt for text in texts], 0)
     cache.expect_prompt(ids.shape[1])
     said: Tensor = body(
@@ -162,7 +230,7 @@ def _prompts(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Tensor:
         use_cache=True,
         logits_to_keep=1,
     ).logits
-    return said[:, -1]
+    return said[:, -1:]
 
 
 class _Batch:
@@ -176,21 +244,34 @@ class _Batch:
         full: Sequence[Tensor],
         head: Head,
         tell: Callable[[int], None],
+        by_layer: bool,
+        mass_every: int,
     ) -> None:
-        self.body, self.cache, self.texts, self.full = Body(model), cache, texts, full
+        self.lead = Lead(Body(model), cache, texts, by_layer=by_layer)
+        self.cache, self.texts, self.full, self.mass_every = cache, texts, full, mass_every
         self.head, self.tell, self.device = head, tell, model.device
         self.series = [Series(text.number, bytes=cache.bytes // len(texts)) for text in texts]
-        self.longest = max(len(text.output) for text in texts)
+        self.longest = self.lead.longest
 
     def run(self) -> list[Series]:
-        block: Tensor | None = None
-        for place, states in enumerate(lead(self.body, self.cache, self.texts)):
-            block = states.new_empty(BLOCK, *states.shape) if block is None else block
-            block[place % BLOCK] = states
-            if (place + 1) % BLOCK == 0 or place + 1 == self.longest:
-                self._compare(block, place - place % BLOCK, place + 1)
-            self._count([row for row, text in enumerate(self.texts) if len(text.output) == place + 1])
+        if not self.mass_every:
+            self._run()
+            return self.series
+        with Mass(self.cache, self.mass_every) as mass:
+            self._run()
+        for row, series in enumerate(self.series):
+            series.add_mass({place: float(by_row[row]) for place, by_row in mass.by_place.items()})
         return self.series
+
+    def _run(self) -> None:
+        block: Tensor | None = None
+        for start, states in self.lead.run(BLOCK):
+            stop = start + states.shape[1]
+            block = states.new_empty(len(states), BLOCK, states.shape[2]) if block is None else block
+            block[:, start % BLOCK : (stop - 1) % BLOCK + 1] = states
+            if stop % BLOCK == 0 or stop == self.longest:
+                self._compare(block, (stop - 1) // BLOCK * BLOCK, stop)
+            self._count([row for row, text in enumerate(self.texts) if len(text.output) == stop])
 
     def _compare(self, block: Tensor, start: int, stop: int) -> None:
         """Hold the places [start, stop) of every row that reaches so far against the full cache."""
@@ -200,7 +281,7 @@ class _Batch:
             if stop_here <= start:
                 continue
             places = slice(start, stop_here)
-            told = block[: stop_here - start, row]
+            told = block[row, : stop_here - start]
             compared = compare(
                 self.head, self.full[row][places].to(self.device), told, text.output[places].to(self.device)
             )

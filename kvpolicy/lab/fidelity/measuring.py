@@ -6,24 +6,19 @@ texts. What the full cache says of a batch is kept while it lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.errors import PolicyError, UsageError
-from kvpolicy.lab.compare.arms import Arm, Bound, bound, leaves_unread
-from kvpolicy.lab.compare.rows import Row, append, digest, read
+from kvpolicy.lab.compare.arms import Arm, Bound, leaves_unread
+from kvpolicy.lab.compare.keeping import Keeping
+from kvpolicy.lab.compare.rows import Row, digest
 from kvpolicy.lab.compare.running import versions
 from kvpolicy.lab.dataset import Text, need_outputs
-from kvpolicy.lab.fidelity.forcing import BLOCK, Forcing, Series, force
+from kvpolicy.lab.fidelity.forcing import BLOCK, MASS, Forcing, Series, force, takes_layers
 from kvpolicy.lab.fidelity.full_cache import Forced, Head, force_ids, full_states
-from kvpolicy.lab.running import plan_for
-from kvpolicy.models.processes import processes
-from kvpolicy.plan import ModelGeometry
 
 TASK = "fidelity"
 
@@ -50,25 +45,23 @@ class Cell:
     bound: Bound
     texts: Sequence[Forced]
 
+    @property
+    def name(self) -> str:
+        return self.bound.arm.name
+
 
 @dataclass
-class Fidelity:
-    """A model and what it is led through; ``rows`` grow, and ``refused`` names arms that cannot run, with the reason.
+class Fidelity(Keeping):
+    """A model and what it is led through; after every block of places ``tell`` hears of it."""
 
-    name: what the model is called in rows. path: where rows are kept, and from where they are taken up again.
-    tell: hears cells done, of how many, and what runs now, after every block of places.
-    """
-
-    model: Any
-    tokenizer: Any
-    name: str
     options: Options
-    path: Path | None = None
-    tell: Callable[[int, int, str], None] = lambda done, total, what: None
-    rows: list[Row] = field(default_factory=list)
-    refused: dict[tuple[str, str, int | None], str] = field(default_factory=dict)
-    taken_up: int = 0
     _states: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def way(self) -> str:
+        """How texts go through the model: "layer by layer" or "step by step"; the numbers are the same."""
+        layers = takes_layers(self.model.device, self.geometry, bool(self.options.compile))
+        return "layer by layer" if layers else "step by step"
 
     def run(self, arms: Sequence[Arm], given: Sequence[Text]) -> None:
         """Fill ``rows``: those of the file that this run would make, and the others as they come.
@@ -78,13 +71,12 @@ class Fidelity:
             ModelError: a text would be longer than the model's, or its output layer is not known.
         """
         need_outputs(list(given))
-        here, options = processes(), self.options
+        options = self.options
         texts = [force_ids(self.tokenizer, text, most=options.new_tokens, chat=options.chat) for text in given]
         how = Forcing.of(texts, batch=options.batch, compile=options.compile, generic=options.generic)
-        plan_for(self.model, arms[0].policy, how.prompt[1], how.new_tokens)  # refuses what is too long for the model
         Head(self.model).check(self.model, texts[0].ids)
-        known = here.told(lambda: {row.key: row for row in read(self.path)} if self.path else {})
-        cells, bounds = [], list(self._bounds(arms, how))
+        known, cells = self.find_known(), []
+        bounds = list(self.arms_that_run(TASK, arms, how.prompt, how.new_tokens))
         for start in range(0, len(texts), options.batch):
             batch = texts[start : start + options.batch]
             for found in bounds:
@@ -92,35 +84,13 @@ class Fidelity:
                 self.rows += [row for row in old.values() if row is not None]
                 if left := [text for text in batch if old[text.number] is None]:
                     cells.append(Cell(found, left))
-        self.taken_up = len(self.rows)
-        for start in range(0, len(cells), here.count):
-            work = partial(self._forced, how=how, done=start, total=len(cells))
-            new = [row for rows in here.spread(cells[start : start + here.count], work) for row in rows]
-            self.rows += new
-            if self.path is not None and here.first:
-                append(self.path, new)
-        self.tell(len(cells), len(cells), "done")
-
-    def _bounds(self, arms: Sequence[Arm], how: Forcing) -> Iterator[Bound]:
-        """Arms that can run, their params found for the longest prompt; of two that come to the same, the first."""
-        shape = ModelGeometry.from_config(self.model.config, str(self.model.dtype).removeprefix("torch."))
-        seen: set[tuple[str, int | None]] = set()
-        for arm in arms:
-            try:
-                found = bound(arm, shape, prompt=how.prompt[1], max_new_tokens=how.new_tokens)
-                plan_for(self.model, found.policy, how.prompt[0], how.new_tokens)
-            except (UsageError, PolicyError) as refusal:
-                self.refused[TASK, arm.label, arm.budget] = str(refusal).splitlines()[0]
-                continue
-            if (key := (found.policy.digest, arm.budget)) not in seen:
-                seen.add(key)
-                yield found
+        self.make(cells, partial(self._forced, how=how))
 
     def _row(self, found: Bound, text: Forced, how: Forcing) -> Row:
         """What is known of a row before it has run; its digest is of all that is read."""
         return Row(
             model=self.name,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             label=found.arm.label,
             digest=found.policy.digest,
             budget=found.arm.budget,
@@ -138,15 +108,15 @@ class Fidelity:
             versions=versions(),
         )
 
-    def _forced(self, cell: Cell, how: Forcing, done: int, total: int) -> list[Row]:
-        name, places = cell.bound.arm.name, sum(len(text.output) for text in cell.texts)
+    def _forced(self, cell: Cell, how: Forcing) -> list[Row]:
+        places = sum(len(text.output) for text in cell.texts)
 
         def tell(tokens: int, seconds: float) -> None:
-            self.tell(done, total, f"{name}: {tokens:,} of {places:,} tokens, {tokens / seconds:,.0f} a second")
+            self.note(f"{cell.name}: {tokens:,} of {places:,} tokens, {tokens / seconds:,.0f} a second")
 
-        self.tell(done, total, f"{name}: the full cache reads")
+        self.note(f"{cell.name}: the full cache reads")
         full = self._full(cell.texts)
-        self.tell(done, total, f"{name}: prompts")
+        self.note(f"{cell.name}: prompts")
         series = force(self.model, self.tokenizer, cell.bound.policy, cell.texts, full, how, tell=tell)
         return [
             replace(
@@ -170,11 +140,17 @@ class Fidelity:
 
 
 def measures(series: Series) -> dict[str, list[float]]:
-    """As a row keeps them: the first place of each block, its places, and the mean of each measure over them."""
+    """As a row keeps them: the first place of each block, its places, and the mean of each measure over them; of the
+    attention mass kept, where it was measured, the mean over ``mass_places`` of them."""
     kept: dict[str, list[float]] = {
         "positions": [number * BLOCK for number in range(len(series.count))],
         "places": [float(count) for count in series.count],
     }
     for name, sums in series.sums.items():
         kept[name] = [float(f"{total / count:.6g}") for total, count in zip(sums, series.count, strict=True)]
+    if series.mass_count:
+        kept["mass_places"] = [float(count) for count in series.mass_count]
+        kept[MASS] = [
+            float(f"{total / max(1, count):.6g}") for total, count in zip(series.mass, series.mass_count, strict=True)
+        ]
     return kept

@@ -11,7 +11,7 @@ from typing import Any
 from kvpolicy.errors import UsageError
 from kvpolicy.lab.compare.arms import FULL
 from kvpolicy.lab.compare.rows import Row
-from kvpolicy.lab.fidelity.forcing import BLOCK, MEASURES
+from kvpolicy.lab.fidelity.forcing import BLOCK, MASS, MEASURES
 from kvpolicy.lab.fidelity.measuring import TASK
 from kvpolicy.lab.fidelity.summary import Blocks, summary
 
@@ -79,6 +79,18 @@ def blocks_of(rows: Sequence[Row]) -> Blocks:
     return Blocks.of(counts, sums, BLOCK)
 
 
+def mass_of(rows: Sequence[Row]) -> Blocks | None:
+    """The blocks of the attention mass kept; None where some row has it not, or nowhere."""
+    if not all(sum(row.measures.get("mass_places", ())) for row in rows):
+        return None
+    counts = [[int(places) for places in row.measures["mass_places"]] for row in rows]
+    sums = [
+        {MASS: [mean * places for mean, places in zip(row.measures[MASS], row.measures["mass_places"], strict=True)]}
+        for row in rows
+    ]
+    return Blocks.of(counts, sums, BLOCK)
+
+
 def _entry(rows: Sequence[Row], points: int) -> Entry:
     first = rows[0]
     return Entry(
@@ -91,7 +103,7 @@ def _entry(rows: Sequence[Row], points: int) -> Entry:
         max(row.resident for row in rows),
         sum(row.evicted for row in rows) / len(rows),
         sum(row.worked for row in rows),
-        summary(blocks_of(rows), points=points),
+        summary(blocks_of(rows), mass_of(rows), points=points),
     )
 
 
@@ -112,7 +124,7 @@ def doubts(found: Sequence[Entry]) -> Iterator[str]:
         yield "arms are not on the same texts: the run was cut short; run it again to fill the gaps"
 
 
-COLUMNS = ("policy", "budget", "held", "KL, nats", "top-1", "perplexity", "KL early", "KL late", "evicted")
+COLUMNS = ("policy", "budget", "held", "KL, nats", "top-1", "perplexity", "KL early", "KL late", "mass kept", "evicted")
 
 
 def table(found: Sequence[Entry]) -> list[tuple[str, ...]]:
@@ -128,9 +140,10 @@ def table(found: Sequence[Entry]) -> list[tuple[str, ...]]:
             _between(said["perplexity"], ".3f"),
             f"{curve[0]['value']:.3g}",
             f"{curve[-1]['value']:.3g}",
+            _between(said["mass"], ".1%") if "mass" in said else "–",
         )
         budget = "–" if entry.budget is None else f"{entry.budget:,}"
-        shown = ("never evicted", "–", "–", "–", "–") if idle else numbers
+        shown = ("never evicted", *["–"] * (len(numbers) - 1)) if idle else numbers
         lines.append((entry.label, budget, f"{entry.held:,}", *shown, f"{entry.evicted:,.0f}"))
     return lines
 
@@ -142,8 +155,9 @@ def as_csv(found: Sequence[Entry]) -> str:
     lines.writerow(["policy", "budget", "held", "evicted", "measure", "from", "to", "value", "low", "high"])
     for entry in found:
         arm = [entry.label, "" if entry.budget is None else entry.budget, entry.held, f"{entry.evicted:.0f}"]
-        for name in ("kl", "top1", "perplexity", "full_perplexity"):
-            lines.writerow([*arm, name, "all", "all", *entry.said[name].values()])
+        for name in ("kl", "top1", "perplexity", "full_perplexity", MASS):
+            if name in entry.said:
+                lines.writerow([*arm, name, "all", "all", *entry.said[name].values()])
         for name, curve in entry.said["curves"].items():
             for part in curve:
                 lines.writerow([*arm, name, *part.values()])

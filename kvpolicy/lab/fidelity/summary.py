@@ -95,16 +95,20 @@ def curve(blocks: Blocks, measure: str, *, points: int = 10, seed: int = 0) -> l
     return found
 
 
-def summary(blocks: Blocks, *, points: int = 10) -> dict[str, Any]:
+def summary(blocks: Blocks, mass: Blocks | None = None, *, points: int = 10) -> dict[str, Any]:
     """What a report says of one arm: ``kl`` (nats), ``top1``, ``perplexity``, ``full_perplexity``, and by place the
-    ``curves`` of KL and top-1."""
+    ``curves`` of KL and top-1; and of ``mass``, where it was measured."""
     said = {name: estimate(blocks, name).to_dict() for name in ("kl", "top1")}
     for name, measure in (("perplexity", "nll"), ("full_perplexity", "full_nll")):
         said[name] = estimate(blocks, measure).mapped(math.exp).to_dict()
-    curves = {
-        name: [
-            {"from": start, "to": stop, **there.to_dict()} for start, stop, there in curve(blocks, name, points=points)
-        ]
-        for name in ("kl", "top1")
-    }
+    curves = {name: _curve(blocks, blocks, name, points) for name in ("kl", "top1")}
+    if mass is not None:
+        said["mass"] = estimate(mass, "mass").to_dict()
+        curves["mass"] = _curve(blocks, mass, "mass", points)
     return {"texts": len(blocks.count), "places": int(blocks.count.sum()), **said, "curves": curves}
+
+
+def _curve(blocks: Blocks, measured: Blocks, name: str, points: int) -> list[dict[str, float]]:
+    """A curve of what was measured, at some of the places of ``blocks`` perhaps."""
+    found = zip(curve(blocks, "kl", points=points), curve(measured, name, points=points), strict=True)
+    return [{"from": start, "to": stop, **there.to_dict()} for (start, stop, _), (_, _, there) in found]

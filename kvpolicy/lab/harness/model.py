@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kvpolicy.errors import UsageError
 from kvpolicy.lab.bench.budgets import with_budget
-from kvpolicy.lab.fidelity.forcing import lead
+from kvpolicy.lab.fidelity.forcing import Lead, takes_layers
 from kvpolicy.lab.fidelity.full_cache import Forced
 from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy, load_policy
@@ -35,6 +35,9 @@ LOGGER = logging.getLogger(__name__)
 
 LONG = 8
 """A policy without a ``budget`` of its own is given one for a prompt, and an output, of so many times that."""
+
+AT_ONCE = 16
+"""Places of a continuation whose logits are held at once."""
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """(context, continuation) as text, None for a part of a longer one; and the ids of both."""
@@ -84,6 +87,7 @@ class PolicyLM(HFLM):
         self.evicted = self.texts = self.untouched = 0
         if self.policy is not None:
             apply(model, self.policy, compile=compile, special_tokens=tokenizer)
+        self.compiled = compile
 
     @property
     def eot_token_id(self) -> int:
@@ -146,12 +150,14 @@ class PolicyLM(HFLM):
         cache = cache_for(self.model, prompt=(min(prompts), max(prompts)), max_new_tokens=steps, batch=len(texts))
         tokens = torch.stack([text.output for text in texts]).to(self.device)
         scores, equal = [], []
-        for place, logits in enumerate(lead(self.model, cache, texts)):
-            said, token = logits.float().log_softmax(-1), tokens[:, place]
-            scores.append(said.gather(-1, token[:, None])[:, 0])
+        by_layer = takes_layers(cache.device, cache.plan.geometry, self.compiled)
+        lead = Lead(self.model, cache, texts, by_layer=by_layer)
+        for place, logits in lead.run(AT_ONCE):
+            said, token = logits.float().log_softmax(-1), tokens[:, place : place + logits.shape[1]]
+            scores.append(said.gather(-1, token[..., None])[..., 0])
             equal.append(said.argmax(-1) == token)
         self._note(cache)
-        score, greedy = torch.stack(scores, 1), torch.stack(equal, 1)
+        score, greedy = torch.cat(scores, 1), torch.cat(equal, 1)
         return {
             each.text.number: (float(score[row, each.skip :].sum()), bool(greedy[row, each.skip :].all()))
             for row, each in enumerate(batch)

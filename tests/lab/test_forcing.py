@@ -1,0 +1,137 @@
+"""Texts taken layer by layer: what is kept and what comes out is what one step after the other through the model gives,
+for every policy."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError, PolicyError, UsageError
+from kvpolicy.lab.compare.arms import Arm, bound
+from kvpolicy.lab.fidelity.forcing import Lead
+from kvpolicy.lab.fidelity.full_cache import Body, Forced
+from kvpolicy.lab.fidelity.mass import Mass
+from kvpolicy.language import Policy, load_policy, shipped_policies
+from kvpolicy.models import load_model
+from kvpolicy.patching import applied, cache_for
+from kvpolicy.plan import ModelGeometry
+from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.clocks import Clocks
+from kvpolicy.runtime.moment import GIVEN
+
+PROMPT, NEW = 32, 24
+
+
+@cache
+def tiny() -> tuple[Any, Any]:
+    return load_model("builtin:tiny")
+
+
+@cache
+def texts() -> list[Forced]:
+    """Prompts of 32, 25 and 18 tokens, outputs of 24, 17 and 24. No token comes twice in a text: two keys would be of
+    one length, and float32 would choose between them."""
+    draw = torch.Generator().manual_seed(3)
+    lengths = ((PROMPT, NEW), (PROMPT - 7, NEW - 7), (PROMPT - 14, NEW))
+    ids = [torch.randperm(60, generator=draw)[: prompt + output] + 3 for prompt, output in lengths]
+    return [
+        Forced(number, each[:prompt], each[prompt:])
+        for number, (each, (prompt, _)) in enumerate(zip(ids, lengths, strict=True))
+    ]
+
+
+def small(name: str) -> Policy:
+    """A shipped policy with so little room that these texts make it drop something, where it can have that."""
+    policy, shape = load_policy(name), ModelGeometry.from_config(tiny()[0].config, "float32")
+    for budget in (32, 40):
+        try:
+            return bound(Arm(name, policy, budget), shape, prompt=PROMPT, max_new_tokens=NEW).policy
+        except (UsageError, PolicyError):
+            continue
+    return policy
+
+
+@torch.no_grad()
+def led(
+    policy: Policy, by_layer: bool, stretch: int = 11, every: int = 0
+) -> tuple[Tensor, PolicyCache, dict[int, Any]]:
+    """Hidden states [B, M, D], the cache at the end, and the mass kept by place."""
+    model, tokenizer = tiny()
+    with applied(model, policy, special_tokens=tokenizer):
+        kept = cache_for(model, prompt=(PROMPT - 14, PROMPT), max_new_tokens=NEW, batch=3)
+        lead = Lead(Body(model), kept, texts(), by_layer=by_layer)
+        mass = Mass(kept, every or NEW)
+        with mass if every else nullcontext():
+            said = torch.cat([states.clone() for _, states in lead.run(11)], 1)
+    return said, kept, mass.by_place
+
+
+def tokens_kept(kept: PolicyCache) -> list[Tensor]:
+    """By layer, positions in order [B, K, S]."""
+    return [kept.positions(layer).sort(-1).values for layer in range(len(kept.governed))]
+
+
+def same(one: tuple[Tensor, PolicyCache, Any], other: tuple[Tensor, PolicyCache, Any]) -> bool:
+    kept = all(map(torch.equal, tokens_kept(one[1]), tokens_kept(other[1])))
+    return kept and one[0].shape == other[0].shape and torch.allclose(one[0], other[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("h2o", "quest-raas", "scope-slide") else pytest.mark.slow)
+        for name in shipped_policies()
+    ],
+)
+def test_layer_by_layer_is_step_by_step(name: str) -> None:
+    policy = small(name)
+    layers, steps = led(policy, True), led(policy, False)
+    assert same(layers, steps)
+    assert layers[1].stats() == steps[1].stats() | {"passes": layers[1].passes}
+    assert layers[1].passes == steps[1].passes
+    assert layers[1].get_seq_length() == PROMPT + NEW - 1
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clocks that do not go back far enough for the next layer: it begins a token late."""
+    back = Clocks.stand_at
+
+    def almost(self: Clocks, before: Sequence[Tensor]) -> None:
+        back(self, before)
+        self.advance()
+
+    monkeypatch.setattr(Clocks, "stand_at", almost)
+    yield
+
+
+@pytest.mark.parametrize("name", ["h2o", "raas-compressed-prompt"])
+def test_a_layer_that_begins_a_token_late_is_caught(name: str, late: None) -> None:
+    assert not same(led(small(name), True), led(small(name), False))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = tiny()[0]
+    with applied(model, "h2o"):
+        kept = cache_for(model, prompt=4, max_new_tokens=3)
+        with pytest.raises(CacheError, match="planned for 3 generated tokens, has 0, and cannot take 4 more"):
+            kept.begin(4, kind=GIVEN)
+
+
+def test_the_full_cache_keeps_all_of_the_mass() -> None:
+    mass = led(load_policy("dense"), True, every=4)[2]
+    assert list(mass) == [1, 5, 9, 13, 17, 21]
+    assert all(torch.allclose(by_row, torch.ones(3, dtype=torch.float64)) for by_row in mass.values())
+
+
+@pytest.mark.parametrize("name", ["h2o", "quest", "duo-attention", "ada-kv"])
+def test_the_mass_is_the_same_either_way(name: str) -> None:
+    layers, steps = (led(small(name), way, every=3)[2] for way in (True, False))
+    assert layers.keys() == steps.keys()
+    for place, by_row in layers.items():
+        reached = [row for row, text in enumerate(texts()) if place < len(text.output)]
+        assert torch.allclose(by_row[reached], steps[place][reached], atol=1e-5)
