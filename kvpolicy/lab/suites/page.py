@@ -35,7 +35,7 @@ def page(told: Outcome) -> str:
     about = told.about
     header = f"""<h1>{escape(told.suite.title)}</h1>
 <p class="faint">{escape(origin(about))}</p>
-{listed("What came out", [str(each) for found in told.found.values() for each in found.findings])}"""
+{listed("What came out", [f"{each.says}: {each.word}" for found in told.found.values() for each in found.findings])}"""
     sections = "\n".join(
         _section(each, told.found[each.name], told.refused.get(each.name, ()))
         for each in told.suite.experiments
