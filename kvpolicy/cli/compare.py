@@ -138,9 +138,9 @@ def run(
         model = suites.model_of(specs or [], DEFAULT_MODEL)
         sizes = None if budgets is None else numbers(budgets, "--budgets")
         parts = None if only is None else [name.strip() for name in only.split(",")]
-        asked = suites.Asked(suite, model, tasks, sizes, parts, folder, html, json)
+        wish = suites.Asked(suite, model, tasks, sizes, parts, folder, html, json)
         options = Options(items, seed, size, new_tokens, batch, chat, compile, generic)
-        suites.run_suite(asked, options, lambda: loader(model), progress)
+        suites.run_suite(wish, options, lambda: loader(model), progress)
         return
     suites.refuse({"--output": folder, "--only": only}, False)
     files = Files(save, csv, html, png)

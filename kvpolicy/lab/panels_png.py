@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 INCHES = 4.6
 """Width of a panel."""
 
+INK_INCHES, LETTER_INCHES = 0.55, 0.075
+"""Width of a legend's line and of each letter beside it, about."""
+
 COLUMNS = 3
 """Panels beside one another; more go below."""
 
@@ -48,7 +51,8 @@ def picture(title: str, shown: Sequence[Panel], upright: str) -> bytes:
     handles: dict[str, Any] = {}
     for axes in grid[: len(shown)]:
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    columns = min(4, 1 + 2 * columns)
+    wide = INK_INCHES + LETTER_INCHES * max((len(label) for label in handles), default=0)
+    columns = min(4, max(1, int((INCHES * columns + 0.6) / wide)))
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, fontsize=9)
     return png(figure)
 

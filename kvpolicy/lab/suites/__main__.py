@@ -19,16 +19,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--model", default="builtin:reasoner", help="whose numbers the page has")
     parser.add_argument("--task", default="chain")
     parser.add_argument("--items", type=int, default=64)
+    parser.add_argument("--size", type=int, help="words of a prompt, by default the task's own")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--suites", help="those that are measured; all of them unless said")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="of evidence.md, and of evidence/ beside it")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the rows")
+    parser.add_argument("--keep", action="store_true", help="write no page after measuring, for another run goes on")
     asked = parser.parse_args(words)
     quiet_profiler()
     try:
         if not asked.page:
             measure(asked)
-        write(asked.folder)
+        if not asked.keep:
+            write(asked.folder)
     except KvpolicyError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
@@ -44,14 +47,18 @@ def measure(asked: argparse.Namespace) -> None:
     from kvpolicy.models import load_model
 
     model, tokenizer = load_model(asked.model)
-    options = Options(asked.items, batch=asked.batch)
-    for name in (asked.suites or ",".join(SUITES)).split(","):
+    options = Options(asked.items, size=asked.size, batch=asked.batch)
+    names = (asked.suites or ",".join(SUITES)).split(",")
+    for name in names:
         folder = asked.folder / "evidence" / name
         unpack(folder)
         lab = Lab.of(model, tokenizer, asked.model, task_named(asked.task), options)
         command = f"kvpolicy compare --suite {name} {asked.model} --tasks {asked.task} --items {asked.items}"
-        run(suite_named(name), lab, folder, only=None, tell=_tell, command=command)
-        pack(folder)
+        command += "" if asked.size is None else f" --size {asked.size}"
+        beside = [path for path in folder.parent.glob("*/*.jsonl") if path.parent != folder]
+        run(suite_named(name), lab, folder, only=None, tell=_tell, command=command, beside=beside)
+    for name in names:
+        pack(asked.folder / "evidence" / name)
 
 
 def _tell(done: int, total: int, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 
 from kvpolicy.lab.compare.arms import FULL, Arm, works
@@ -25,6 +26,7 @@ def full() -> Arm:
     return Arm(FULL, load_policy(FULL), None, control=True)
 
 
+@cache
 def policy_named(name: str) -> Policy:
     """A shipped policy, or one of those beside this file."""
     if name in shipped_policies():

@@ -36,6 +36,9 @@ claim needs. "As good" and "within" mean no more than {100 * POINTS:.0f} points 
 A claim about every budget holds where it holds at each, one about some budget where it holds at one.
 """
 
+NOTES = "notes.md"
+"""What people made of the numbers; it stands on the page as it is written."""
+
 NO_FIDELITY = "Nothing has been measured yet."
 
 
@@ -47,6 +50,8 @@ def page(folder: Path) -> str:
     """
     told = {name: outcome(suite_named(name), folder / name) for name in SUITES}
     parts = [HEAD, _made(told), "## What papers claim", RULE, _claims(told)]
+    if (folder / NOTES).exists():
+        parts += ["## What it may mean", (folder / NOTES).read_text(encoding="utf-8")]
     for name in SUITES:
         parts += [f"## {told[name].suite.title}", *_suite(told[name])]
     parts += ["## Fidelity on long outputs", *_fidelity(folder)]
@@ -61,7 +66,7 @@ def _made(told: dict[str, Outcome]) -> str:
         machine = about["machine"]
         lines.append(
             f"- `{about['command']}`: {origin(about)}, {machine['device']}, {plural(machine['threads'], 'thread')}, "
-            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time (rows in "
+            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time at least (rows in "
             f"[evidence/{name}](evidence/{name}))"
         )
     return "\n".join(lines)

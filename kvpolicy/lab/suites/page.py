@@ -35,7 +35,7 @@ def page(told: Outcome) -> str:
     about = told.about
     header = f"""<h1>{escape(told.suite.title)}</h1>
 <p class="faint">{escape(origin(about))}</p>
-{listed("What came out", [str(each) for found in told.found.values() for each in found.findings])}"""
+{listed("What came out", [f"{each.says}: {each.word}" for found in told.found.values() for each in found.findings])}"""
     sections = "\n".join(
         _section(each, told.found[each.name], told.refused.get(each.name, ()))
         for each in told.suite.experiments
@@ -139,8 +139,8 @@ def heat_picture(title: str, heats: Sequence[Heat]) -> bytes:
     size = (3.4 * len(heats) + 0.6, 3.6)
     chart = Figure(figsize=size, dpi=DPI, layout="constrained")
     chart.suptitle(title, fontsize=11)
-    paint = LinearSegmentedColormap.from_list("held", [GONE, SHADES[0].ranked, SHADES[0].safe])
-    paint.set_bad(PAPER)
+    shades = LinearSegmentedColormap.from_list("held", [GONE, SHADES[0].ranked, SHADES[0].safe])
+    paint = shades.with_extremes(bad=PAPER)
     grid = chart.subplots(1, len(heats), squeeze=False, sharey=True)[0]
     for axes, heat in zip(grid, heats, strict=True):
         cells = np.array([[np.nan if share is None else share for share in column] for column in heat.cells])

@@ -23,13 +23,15 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class ByPlace(Experiment):
-    """The rows of ``same``, an experiment over budgets, by the place of the answer."""
+    """The rows of ``same``, an experiment over budgets, by the place of the answer. ``drawn``: in pictures, too; of
+    many series a table says more."""
 
     name: str
     title: str
     paper: str
     same: str | None
     claims: tuple[Claim, ...] = ()
+    drawn: bool = True
     axis: Axis = BUDGETS
 
     def measure(self, lab: Lab, path: Path, known: Sequence[Path], tell: Tell) -> list[str]:
@@ -44,7 +46,7 @@ class ByPlace(Experiment):
         skip = max(0, len(marks.places) - SHOWN) // 2
         return Found(
             [_table(marks)],
-            [self._panel(marks, place) for place in marks.places[skip : skip + SHOWN]],
+            [self._panel(marks, place) for place in marks.places[skip : skip + SHOWN]] if self.drawn else [],
             findings=[claim.judged(marks) for claim in self.claims],
         )
 

@@ -47,8 +47,9 @@ def half(touch: float, prompt: int) -> bool:
 
 
 def room(lab: Lab) -> int:
-    """A budget that leaves RaaS the prompt and a quarter of the output, in whole pages."""
-    return -(-(lab.prompt + lab.new // 4) // lab.page) * lab.page
+    """A budget that leaves RaaS the prompt and a quarter of the output, two pages at the least, in whole pages."""
+    pages = -(-lab.prompt // lab.page) + 2
+    return max(pages, -(-(lab.prompt + lab.new // 4) // lab.page)) * lab.page
 
 
 def touches(lab: Lab) -> Sequence[Arm]:

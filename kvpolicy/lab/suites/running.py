@@ -80,8 +80,21 @@ def chosen(suite: Suite, only: Sequence[str] | None) -> list[Experiment]:
     return [each for each in suite.experiments if each.name in wanted]
 
 
-def run(suite: Suite, lab: Lab, folder: Path, *, only: Sequence[str] | None, tell: Tell, command: str) -> Outcome:
+def run(
+    suite: Suite,
+    lab: Lab,
+    folder: Path,
+    *,
+    only: Sequence[str] | None,
+    tell: Tell,
+    command: str,
+    beside: Sequence[Path] = (),
+) -> Outcome:
     """Fill a folder with what is not in it yet, and say what came out.
+
+    Args:
+        only: experiments by name; None: all.
+        beside: files of other suites, whose rows may be taken.
 
     Raises:
         UsageError: the folder holds another run, or cannot be written.
@@ -93,6 +106,7 @@ def run(suite: Suite, lab: Lab, folder: Path, *, only: Sequence[str] | None, tel
     for experiment in experiments:
         path = file_of(experiment, folder)
         known = [file_of(each, folder) for each in suite.experiments if each is not experiment and each.same is None]
+        known += beside
         refused = experiment.measure(lab, path, [each for each in known if _like_compare(each)], tell)
         if refused or experiment.same is None:
             about["refused"][experiment.name] = refused
@@ -136,9 +150,11 @@ def about_of(folder: Path) -> dict[str, Any]:
     """How a folder was filled. Raises UsageError."""
     try:
         found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return dict(found) if "suite" in found else {}[folder]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{folder} holds no run of a suite; make one with kvpolicy compare --suite") from None
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict) and "suite" in found:
+        return found
+    raise UsageError(f"{folder} holds no run of a suite; make one with kvpolicy compare --suite")
 
 
 def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
@@ -149,7 +165,7 @@ def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
         "dtype": str(lab.model.dtype).removeprefix("torch."), "task": lab.task.name,
         "size": lab.task.size if options.size is None else options.size, "seed": options.seed, "limit": lab.new,
         "prompt": lab.prompt, "page_size": lab.page, "device": str(lab.model.device), "versions": versions(),
-        "machine": environment(lab.model.device), "budgets": [], "seconds": 0.0, "cpu_seconds": 0.0, "refused": {},
+        "machine": machine(lab), "budgets": [], "seconds": 0.0, "cpu_seconds": 0.0, "refused": {},
     }  # fmt: skip
     if not (folder / ABOUT).exists():
         try:
@@ -167,6 +183,13 @@ def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
             )
     kept = ("budgets", "seconds", "cpu_seconds", "refused")
     return now | {name: before[name] for name in kept}
+
+
+def machine(lab: Lab) -> dict[str, Any]:
+    """What the numbers were made on, without what names one computer among others."""
+    told = environment(lab.model.device)
+    told.pop("platform")
+    return told
 
 
 def _write(path: Path, told: Mapping[str, Any]) -> None:

@@ -44,17 +44,27 @@ def _decode(lab: Lab, share: float) -> int:
 def compared(lab: Lab) -> Sequence[Arm]:
     """The three strategies, and unified caches of the same total."""
     arms = [full()]
-    for share in DECODE_SHARES:
-        half = _decode(lab, share) // 2
+    for whole in dict.fromkeys(_decode(lab, share) for share in DECODE_SHARES):
+        half = whole // 2
         arms += [_scope(lab, name, _alpha(lab), half, half) for name in STRATEGIES]
         arms += [arm(lab, name, _alpha(lab) + 2 * half) for name in UNIFIED]
+    return arms
+
+
+def whole_prompt(lab: Lab) -> Sequence[Arm]:
+    """The three strategies behind a whole prompt, and unified caches of the same total."""
+    arms = [full()]
+    for whole in dict.fromkeys(_decode(lab, share) for share in DECODE_SHARES):
+        half = whole // 2
+        arms += [_scope(lab, name, _alpha(lab, 1.0), half, half) for name in STRATEGIES]
+        arms += [arm(lab, name, _alpha(lab, 1.0) + whole) for name in UNIFIED[:2]]
     return arms
 
 
 def beta1(lab: Lab) -> Sequence[Arm]:
     """beta1 varies beside a fixed beta2."""
     half = _decode(lab, 1 / 4) // 2
-    sizes = [max(1, round(2 * half * split)) for split in SPLITS]
+    sizes = dict.fromkeys(max(1, round(2 * half * split)) for split in SPLITS)
     return [full(), *(
         _scope(lab, name, _alpha(lab), size, half, False, f"{name}{VARIANT}beta1 {size}")
         for name in STRATEGIES for size in sizes
@@ -64,7 +74,7 @@ def beta1(lab: Lab) -> Sequence[Arm]:
 def beta2(lab: Lab) -> Sequence[Arm]:
     """beta2 varies under a fixed beta1 + beta2."""
     whole = _decode(lab, 1 / 4)
-    sizes = [min(whole - 1, max(1, round(whole * split))) for split in SPLITS]
+    sizes = dict.fromkeys(min(whole - 1, max(1, round(whole * split))) for split in SPLITS)
     return [full(), *(
         _scope(lab, name, _alpha(lab), whole - size, size, False, f"{name}{VARIANT}beta2 {size}")
         for name in STRATEGIES for size in sizes
@@ -97,8 +107,8 @@ def followed(lab: Lab) -> Sequence[Arm]:
     ]  # fmt: skip
 
 
-def _better(late: bool = False) -> tuple[Claim, ...]:
-    place = "late answers: " if late else ""
+def _better(late: bool = False, prompt: str = "") -> tuple[Claim, ...]:
+    place = prompt + ("late answers: " if late else "")
     return tuple(
         Claim(f"{place}{name} is better than {other} of equal size", Kind.ABOVE, name, other, late=late)
         for name in STRATEGIES for other in UNIFIED[:2]
@@ -119,6 +129,11 @@ SUITE = Suite(
             "scope-accuracy", claims=_better(late=True),
         ),
         Accuracy(
+            "scope-whole", "Accuracy against budget: the whole prompt, and a share of the output",
+            "its rows with a prompt that is not compressed", whole_prompt,
+            claims=_better(prompt="behind a whole prompt, "),
+        ),
+        Accuracy(
             "scope-beta1", "Generated tokens kept by score (beta1)", "its sensitivity to beta1, which it finds flat",
             beta1, Axis("beta1", "beta1 (tokens)"),
         ),
@@ -130,10 +145,6 @@ SUITE = Suite(
         Accuracy(
             "scope-prompt", "Share of the prompt that is kept", "its curves of accuracy over prompt ratios",
             prompt_ratio, Axis("alpha", "share of the prompt that is kept", of_prompt=True),
-            claims=tuple(
-                Claim(f"{name}: the more of the prompt is cut, the worse", Kind.BELOW, name, every=False)
-                for name in STRATEGIES
-            ),
         ),
         Kept(
             "scope-kept", "Position of kept tokens by step", "its heavy hitters by position: they move off the prompt",
