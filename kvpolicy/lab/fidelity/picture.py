@@ -34,7 +34,7 @@ def picture(model: str, found: Sequence[Entry]) -> bytes:
 
     shown = [entry for entry in found if entry.label != FULL and entry.worked]
     weighed = bool(shown) and all("mass" in entry.said for entry in shown)
-    figure = Figure(figsize=(14 if weighed else 11, 4.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(12 if weighed else 11, 4.2), dpi=DPI, layout="constrained")
     texts = max(entry.said["texts"] for entry in found)
     figure.suptitle(f"{model}: against the full cache on {texts} given texts, with 95 % intervals", fontsize=11)
     left, right, *last = figure.subplots(1, 3 if weighed else 2)
