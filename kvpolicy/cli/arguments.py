@@ -12,6 +12,7 @@ import typer
 
 from kvpolicy.cli import output
 from kvpolicy.errors import UsageError
+from kvpolicy.language import shipped_policies
 from kvpolicy.models import builtin_models
 
 MODEL_HELP = f"{', '.join(model.name for model in builtin_models())}, a hub id, a folder, a .gguf file."
@@ -54,6 +55,13 @@ def parse_settings(items: Sequence[str] | None) -> dict[str, str]:
             raise UsageError(f"--set gives {name.strip()} twice")
         settings[name.strip()] = value.strip()
     return settings
+
+
+def is_model(word: str) -> bool:
+    """Whether a word can only be a model: built in, a `.gguf` file, a folder, or a hub id."""
+    if word == "-" or word in shipped_policies() or word.endswith((".yaml", ".yml")):
+        return False
+    return word.startswith("builtin:") or word.endswith(".gguf") or Path(word).is_dir() or "/" in word
 
 
 def with_display_options(verb: Callable[..., Any]) -> Callable[..., Any]:

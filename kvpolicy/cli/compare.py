@@ -14,12 +14,12 @@ from rich.markup import escape
 
 from kvpolicy.cli import fidelity, output
 from kvpolicy.cli import suite as suites
-from kvpolicy.cli.arguments import Json, Settings, parse_settings
+from kvpolicy.cli.arguments import Json, Settings, is_model, parse_settings
 from kvpolicy.cli.bench import OWN, numbers
 from kvpolicy.cli.simulate import distinct
 from kvpolicy.cli.texts import with_settings
 from kvpolicy.errors import UsageError
-from kvpolicy.language import Policy, load_policy, shipped_policies
+from kvpolicy.language import Policy, load_policy
 from kvpolicy.models.processes import processes
 
 if TYPE_CHECKING:
@@ -233,13 +233,6 @@ def split(words: Sequence[str]) -> tuple[list[str], str]:
             f"no policy was given to run on {model}; name one before it, as in kvpolicy compare h2o {model}"
         )
     return specs, model
-
-
-def is_model(word: str) -> bool:
-    """Whether a word can only be a model: built in, a `.gguf` file, a folder, or a hub id."""
-    if word == "-" or word in shipped_policies() or word.endswith((".yaml", ".yml")):
-        return False
-    return word.startswith("builtin:") or word.endswith(".gguf") or Path(word).is_dir() or "/" in word
 
 
 def _policies(specs: Sequence[str], given: dict[str, str]) -> list[tuple[str, Policy, dict[str, str]]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from kvpolicy.cli import output
+from kvpolicy.cli.arguments import is_model
 from kvpolicy.errors import UsageError
 from kvpolicy.models.processes import processes
 
@@ -43,8 +44,10 @@ class Asked:
 
 def model_of(words: Sequence[str], default: str) -> str:
     """The one word that may stand beside --suite. Raises UsageError."""
-    if len(words) > 1:
-        raise UsageError(f"--suite brings its own policies: give a model alone, not {' '.join(words)}")
+    if len(words) > 1 or not all(map(is_model, words)):
+        raise UsageError(
+            f"--suite brings its own policies: give a model alone, not {' '.join(words)} (a hub id has a slash in it)"
+        )
     return words[0] if words else default
 
 

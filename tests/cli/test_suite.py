@@ -32,6 +32,7 @@ def test_a_suite_is_shown_and_written(capsys: pytest.CaptureFixture[str], tmp_pa
     [
         (["--suite", "ras"], 2, "did you mean `raas`?"),
         (["--suite", "raas", "h2o", "builtin:tiny"], 2, "--suite brings its own policies"),
+        (["--suite", "raas", "h2o"], 2, "give a model alone, not h2o"),
         (["--suite", "raas", "--only", "raas-lat"], 2, "did you mean `raas-late`?"),
         (["--suite", "raas", "--save", "rows.jsonl"], 2, "drop --save"),
         (["--suite", "raas", "--set", "budget=3"], 2, "drop --set"),

@@ -13,8 +13,9 @@ from kvpolicy.lab.compare.rows import read
 from kvpolicy.lab.dataset import Text
 from kvpolicy.lab.fidelity.__main__ import main
 from kvpolicy.lab.fidelity.measuring import Fidelity, Options
+from kvpolicy.lab.fidelity.panels import by_budget, by_place
 from kvpolicy.lab.fidelity.report import doubts, entries, table
-from kvpolicy.lab.fidelity.told import told
+from kvpolicy.lab.suites import long_outputs
 from kvpolicy.language import load_policy
 from kvpolicy.models import load_model
 from kvpolicy.models.tiny.task import make_problem
@@ -86,10 +87,16 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     before = path.read_text().splitlines()
     again = run_of(path, said, batch=2)
     again.run(asked, texts(3))
-    said_of = told(path)
-    assert (said_of.texts, said_of.places, len(said_of.lines)) == (3, 216, 2)
-    assert [panel.places for panel in said_of.along[24]] == [("64", "72")] * 3
-    assert [line.label for panel in said_of.over_budgets for line in panel.lines] == ["h2o"] * 3
+    found = entries(read(path))
+    assert [(entry.said["texts"], entry.said["places"]) for entry in found] == [(3, 216)] * 2 and len(table(found)) == 2
+    assert [panel.places for panel in by_place(found, 24)] == [("64", "72")] * 3
+    assert [line.label for panel in by_budget(found) for line in panel.lines] == ["h2o"] * 3
+    packed = tmp_path / "fidelity.jsonl"
+    packed.write_bytes(path.read_bytes())
+    said_of = "\n".join(long_outputs.section(tmp_path))
+    assert "So far 3 of 20 texts." in said_of and "| h2o | 24 |" in said_of
+    assert all(name in said_of for name in long_outputs.drawings(tmp_path))
+    assert [*long_outputs.section(tmp_path / "none")] == [long_outputs.NOTHING]
     assert again.taken_up == len(before) == 4
     assert path.read_text().splitlines()[:4] == before
     assert len(read(path)) == len(again.rows) == 6

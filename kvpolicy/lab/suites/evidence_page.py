@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvpolicy.lab.bench.tables import Table
-from kvpolicy.lab.compare.rows import Row
-from kvpolicy.lab.fidelity.measuring import TASK as FIDELITY
-from kvpolicy.lab.fidelity.report import COLUMNS, doubts, entries, table
-from kvpolicy.lab.suites.base import Found, read_rows
+from kvpolicy.lab.suites import long_outputs
+from kvpolicy.lab.suites.base import Found
 from kvpolicy.lab.suites.claims import POINTS, Finding
+from kvpolicy.lab.suites.markdown import cell, markdown
 from kvpolicy.lab.suites.page import origin, pictures
 from kvpolicy.lab.suites.running import SUITES, Outcome, outcome, suite_named
-
-FIDELITY_ROWS = "fidelity.jsonl"
-
-ENOUGH = 20
-"""Texts that the fidelity section is meant to have."""
 
 HEAD = """# Evidence
 
@@ -39,8 +32,6 @@ A claim about every budget holds where it holds at each, one about some budget w
 NOTES = "notes.md"
 """What people made of the numbers; it stands on the page as it is written."""
 
-NO_FIDELITY = "Nothing has been measured yet."
-
 
 def page(folder: Path) -> str:
     """The page, from the rows of a folder.
@@ -54,7 +45,7 @@ def page(folder: Path) -> str:
         parts += ["## What it may mean", (folder / NOTES).read_text(encoding="utf-8")]
     for name in SUITES:
         parts += [f"## {told[name].suite.title}", *_suite(told[name])]
-    parts += ["## Fidelity on long outputs", *_fidelity(folder)]
+    parts += ["## Fidelity on long outputs", *long_outputs.section(folder)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -80,7 +71,7 @@ def _claims(told: dict[str, Outcome]) -> str:
     lines = ["| claim | here | by what |", "| --- | --- | --- |"]
     for each in told.values():
         for finding in _findings(each):
-            lines.append(f"| {_cell(finding.says)} | **{finding.word}** | {_cell(finding.where)} |")
+            lines.append(f"| {cell(finding.says)} | **{finding.word}** | {cell(finding.where)} |")
     return "\n".join(lines)
 
 
@@ -122,39 +113,7 @@ def _summary(title: str, found: Found) -> str:
 
 def _short(refusal: str) -> str:
     """A refusal up to its reason, without the way out."""
-    return _cell(refusal.split("; ")[0].partition(" (")[0])
-
-
-def markdown(told: Table) -> str:
-    """A table as Markdown, its title above it."""
-    lines = [f"| {' | '.join(map(_cell, told.columns))} |", f"| {' | '.join('---' for _ in told.columns)} |"]
-    lines += [f"| {' | '.join(map(_cell, row))} |" for row in told.rows]
-    return f"{told.title}:\n\n" + "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _fidelity(folder: Path) -> Iterator[str]:
-    """What the rows of fidelity say so far."""
-    rows = [Row.from_dict(dict(row)) for row in read_rows(folder / FIDELITY_ROWS)]
-    rows = [row for row in rows if row.task == FIDELITY]
-    if not rows:
-        yield NO_FIDELITY
-        return
-    found = entries(rows)
-    texts = max(entry.said["texts"] for entry in found)
-    so_far = "" if texts >= ENOUGH else f" So far {texts} of {ENOUGH} texts."
-    lengths = sorted(row.prompt_tokens for row in rows), sorted(row.new_tokens for row in rows)
-    known = ", ".join(f"{name} {version}" for name, version in rows[0].versions.items())
-    yield (
-        f"{rows[0].model} is led through outputs that a larger model wrote under its full cache, token by token "
-        f"([eval.md](eval.md)): {texts} texts, prompts of {lengths[0][0]:,} to {lengths[0][-1]:,} tokens and outputs "
-        f"of {lengths[1][0]:,} to {lengths[1][-1]:,}. {known}.{so_far}"
-    )
-    yield markdown(Table("Against the full cache on the same texts (in brackets: 95 %)", COLUMNS, table(found)))
-    yield "\n".join(f"- {_cell(each)}" for each in doubts(found))
+    return cell(refusal.split("; ")[0].partition(" (")[0])
 
 
 def drawings(folder: Path) -> dict[str, bytes]:
@@ -165,5 +124,6 @@ def drawings(folder: Path) -> dict[str, bytes]:
     """
     drawn: dict[str, bytes] = {}
     for name in SUITES:
-        drawn |= {f"{key}.png": data for key, data in pictures(outcome(suite_named(name), folder / name)).items()}
-    return drawn
+        drawn |= pictures(outcome(suite_named(name), folder / name))
+    drawn |= long_outputs.drawings(folder)
+    return {f"{key}.png": data for key, data in drawn.items()}
