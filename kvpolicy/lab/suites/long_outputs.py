@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kvpolicy.lab import panels_png
@@ -40,13 +40,13 @@ def section(folder: Path) -> Iterator[str]:
         return
     found = entries(rows)
     texts = max(entry.said["texts"] for entry in found)
-    prompts, outputs = sorted(row.prompt_tokens for row in rows), sorted(row.new_tokens for row in rows)
+    prompts, outputs = _range(row.prompt_tokens for row in rows), _range(row.new_tokens for row in rows)
     known = ", ".join(f"{name} {version}" for name, version in rows[0].versions.items())
     so_far = "" if texts >= ENOUGH else f" So far {texts} of {ENOUGH} texts."
     yield (
         f"{rows[0].model}, {rows[0].dtype}, is led through outputs that a larger model wrote under its full cache, "
-        f"token by token ([eval.md](eval.md)): {texts} texts, prompts of {prompts[0]:,} to {prompts[-1]:,} tokens, and "
-        f"of each output {outputs[0]:,} to {outputs[-1]:,}. {known}.{so_far}"
+        f"token by token ([eval.md](eval.md)): {texts} texts, prompts of {prompts} tokens, and of each output "
+        f"{outputs}; the last command of [papers.md](papers.md) makes such rows. {known}.{so_far}"
     )
     yield f"![KL, same first choice and attention mass kept, by budget](evidence/{BUDGETS}.png)"
     yield f"![The same by place of the output, at {_fullest(rows):,} tokens](evidence/{PLACES}.png)"
@@ -68,6 +68,13 @@ def drawings(folder: Path) -> dict[str, bytes]:
         BUDGETS: panels_png.picture(title, by_budget(found), ""),
         PLACES: panels_png.picture(f"{title}, at {budget:,} tokens", by_place(found, budget), ""),
     }
+
+
+def _range(counts: Iterable[int]) -> str:
+    """`2,912 to 2,945`, or the one number that all are."""
+    found = [*counts]
+    least, most = min(found), max(found)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _fullest(rows: list[Row]) -> int:
