@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from kvpolicy.lab.suites.__main__ import ITEMS, SIZE
 from kvpolicy.lab.suites.evidence_page import drawn_names, page
 from kvpolicy.lab.suites.long_outputs import BUDGETS, PLACES, rows_of
-from kvpolicy.lab.suites.running import SUITES, outcome, suite_named
+from kvpolicy.lab.suites.running import SUITES, about_of, outcome, suite_named
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "evidence"
@@ -35,3 +36,10 @@ def test_the_page_is_about_every_experiment(text: str) -> None:
     for picture in shown:
         data = (ROWS / picture).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) < 200_000
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_command_goes_on_with_these_rows(name: str) -> None:
+    """Typed as it stands on the page it takes the rows up: another size would be refused as another run."""
+    about = about_of(ROWS / name)
+    assert (about["model"], about["task"], about["items"], about["size"]) == ("builtin:reasoner", "chain", ITEMS, SIZE)

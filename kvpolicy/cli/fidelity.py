@@ -101,10 +101,7 @@ def _finish(run: Fidelity, asked: Asked) -> None:
     if asked.png is not None:
         from kvpolicy.lab.fidelity.picture import picture
 
-        try:
-            asked.png.write_bytes(picture(run.name, found))
-        except OSError as error:
-            raise UsageError(f"cannot write {asked.png}: {error.strerror}") from None
+        output.write_bytes(asked.png, picture(run.name, found))
         output.note(f"wrote {escape(str(asked.png))}")
 
 

@@ -12,14 +12,17 @@ from kvpolicy.lab.bench.quiet import quiet_profiler
 
 ROOT = Path(__file__).parents[3]
 
+ITEMS, SIZE = 32, 125
+"""Of the page's rows: problems of 26 lines, so that all suites take half an hour of one core."""
+
 
 def main(words: list[str] | None = None) -> int:
     """The script. Returns an exit code."""
     parser = argparse.ArgumentParser(prog="python -m kvpolicy.lab.suites", description=__doc__)
     parser.add_argument("--model", default="builtin:reasoner", help="whose numbers the page has")
     parser.add_argument("--task", default="chain")
-    parser.add_argument("--items", type=int, default=64)
-    parser.add_argument("--size", type=int, help="words of a prompt, by default the task's own")
+    parser.add_argument("--items", type=int, default=ITEMS)
+    parser.add_argument("--size", type=int, default=SIZE, help="words of a prompt")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--suites", help="those that are measured; all of them unless said")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="of evidence.md, and of evidence/ beside it")
@@ -54,7 +57,7 @@ def measure(asked: argparse.Namespace) -> None:
         unpack(folder)
         lab = Lab.of(model, tokenizer, asked.model, task_named(asked.task), options)
         command = f"kvpolicy compare --suite {name} {asked.model} --tasks {asked.task} --items {asked.items}"
-        command += "" if asked.size is None else f" --size {asked.size}"
+        command += f" --size {asked.size}"
         beside = [path for path in folder.parent.glob("*/*.jsonl") if path.parent != folder]
         run(suite_named(name), lab, folder, only=None, tell=_tell, command=command, beside=beside)
     for name in names:
