@@ -41,7 +41,7 @@ LIFE = (8, 20)
 """For how many lines, at least and at most, a milestone is used."""
 
 REST = 4
-"""Lines after which a milestone is used again, at the latest."""
+"""Lines after which a milestone is used again, at the latest; one more where two are due in the same line."""
 
 LATE = 0.6
 """Share of the lines after which facts are used that were silent until then: a third of all facts."""

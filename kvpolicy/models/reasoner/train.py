@@ -3,8 +3,8 @@
 A three-layer Llama learns to work out chains of sums (``problem.py``). It starts with short problems and goes on
 to longer ones whenever it can do these. Half of its first texts ask for one part of a line alone, to find the number of
 a name, which a model is long in discovering: some repeat names and digits, which teaches it to look back at all, and
-some repeat facts, which teaches it to look for a number. (With the first kind alone it went on to look at every place
-where a name stands, and one number in ten was wrong; with the second alone it took four times as long.)
+some repeat facts, which teaches it to look for a number. (With the first kind alone 2 % of all
+tokens were still wrong after 1,500 steps; with the second alone it had found nothing after 800.)
 """
 
 from __future__ import annotations
