@@ -7,7 +7,7 @@ from kvpolicy.attention.paged import attend_pages
 from kvpolicy.attention.parts import attend_part, merge_parts, sink_part
 from kvpolicy.attention.rotation import Rotation, turn
 from kvpolicy.attention.shared import attend_shared, mix_shared, shared_logits
-from kvpolicy.attention.torch_backend import attend_slots, scaled_logits
+from kvpolicy.attention.torch_backend import attend_slots, attention_probabilities, scaled_logits
 from kvpolicy.attention.torch_prompt import Reduce, attend_prompt, attend_prompt_and_sum, column_sums
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "attend_shared",
     "attend_slots",
     "attend_visible",
+    "attention_probabilities",
     "column_sums",
     "merge_parts",
     "mix_shared",

@@ -29,6 +29,11 @@ def attend_slots(
     [B, K, G, S] in float32; what nobody reads is never written by a compiled step.
     """
     logits = scaled_logits(query, keys, hidden, formula)
-    sink = formula.sink(keys.shape[1])
-    probabilities = sink_softmax(logits, None if sink is None else sink[..., None])
+    probabilities = attention_probabilities(logits, formula)
     return torch.matmul(probabilities.to(values.dtype), values), logits, probabilities
+
+
+def attention_probabilities(logits: Tensor, formula: Formula) -> Tensor:
+    """What a query pays to each slot, from its masked logits: both [B, K, G, S]; a sink takes its share."""
+    sink = formula.sink(logits.shape[1])
+    return sink_softmax(logits, None if sink is None else sink[..., None])

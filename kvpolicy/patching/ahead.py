@@ -85,6 +85,8 @@ class BackgroundCompiler(StepCompiler):
     One job at a time. Where a job fails, a warning says why, and steps stay eager.
     """
 
+    takes_tokens = False
+
     def __init__(self, backend: str = "inductor", notify: Notify = lambda line: None) -> None:
         super().__init__(backend)
         self.notify, self.settled = notify, True

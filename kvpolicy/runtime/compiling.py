@@ -6,38 +6,25 @@ once: a second graph raises, where torch would fall back to eager in silence aft
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import threading
-import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
-from kvpolicy.errors import ModelError
 from kvpolicy.plan import LayerPlan, LocalPlan
-from kvpolicy.runtime.artefacts import artefacts_kept
+from kvpolicy.attention import Formula
+from kvpolicy.runtime.compiled import CompiledStep
 from kvpolicy.runtime.moment import GIVEN, PROMPT
 from kvpolicy.runtime.tracing import TRACING
 from kvpolicy.runtime.unchanged import Unchanged, made_of
 
-CAPTURE = "transformers.utils.output_capturing"
-
 SETTING = bool | int | float | str | None
 """Of these types are the attributes of a module that its code may branch on."""
-
-# torch 2.13 and later: without it the limit is held by our backend alone.
-_LIMIT: dict[str, Any] = (
-    {"recompile_limit": 1} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-)
-
 
 @dataclass(frozen=True)
 class CompileReport:
@@ -77,6 +64,9 @@ class StepCompiler:
     settled = True
     """Whether nothing that is now eager will be compiled later."""
 
+    takes_tokens = True
+    """Whether it compiles the steps inside a pass of many tokens, too."""
+
     def ready(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether this pass may be compiled: at once."""
         return True
@@ -89,27 +79,37 @@ class StepCompiler:
 
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
         """
-        key = (
-            self._form(layer),
-            make,
-            self._shape(kv_layer),
-            kv_layer.moment.kind,
-            kv_layer.backend,
-            layer.training,
-            hidden_states.dtype,
-            hidden_states.device,
-            torch.is_inference_mode_enabled(),
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(),
-            hidden_states.shape,
-            torch.get_num_threads(),
-        )
+        key = (self._form(layer), make, layer.training, *self._pass(kv_layer, hidden_states))
+        return self._known(key, f"{type(layer).__name__}_{kv_layer.moment.kind}", decoder_step)
+
+    def token_step(self, kv_layer: Any, query: Tensor, formula: Formula) -> CompiledStep:
+        """The same for a cache layer alone, in the midst of a pass of many tokens (runtime/given.py)."""
+        made = (formula.scaling, formula.softcap, formula.sinks is None, kv_layer.ahead is None)
+        key = (made, *self._pass(kv_layer, query))
+        return self._known(key, f"{type(kv_layer).__name__}_{kv_layer.moment.kind}", token_step)
+
+    def _known(self, key: Hashable, name: str, function: Callable[..., Tensor]) -> CompiledStep:
         if key not in self._steps:
             with self._making:
                 if key not in self._steps:
-                    name = f"{type(layer).__name__}_{kv_layer.moment.kind}_{len(self._steps)}"
-                    self._steps[key] = CompiledStep(name, self.backend)
+                    assert isinstance(function, types.FunctionType)
+                    self._steps[key] = CompiledStep(f"{name}_{len(self._steps)}", function, self.backend)
         return self._steps[key]
+
+    def _pass(self, kv_layer: Any, tensor: Tensor) -> tuple[Hashable, ...]:
+        """Of a key: the cache layer, the pass, what goes into it, and the state of torch."""
+        return (
+            self._shape(kv_layer),
+            kv_layer.moment.kind,
+            kv_layer.backend,
+            tensor.dtype,
+            tensor.device,
+            tensor.shape,
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(),
+            torch.get_num_threads(),
+        )
 
     def _form(self, layer: nn.Module) -> int:
         """Layers of one form run alike. It is looked at once: what a layer says later is a change, not a form."""
@@ -144,122 +144,38 @@ def form_of(layer: nn.Module) -> Hashable:
     return tuple(form)
 
 
-class CompiledStep:
-    """One compiled decoder layer; calling it a second time with what its guards refuse raises a ModelError.
-
-    ``direct`` is the compiled code without its guards, for who knows that they hold; None where torch hides it.
-    """
-
-    def __init__(self, name: str, backend: str | Callable[..., Any]) -> None:
-        self.name, self.graphs, self.breaks = name, 0, 0
-        self._backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
-        # dynamo keeps graphs by code object: a copy has its own, so no other model's graphs count against its limit.
-        code = decoder_step.__code__.replace(co_name=name)
-        function = types.FunctionType(code, decoder_step.__globals__, name)
-        self.direct: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] | None = None
-        self._code = code
-        self._ran = False
-        entry = _Entry(weakref.ref(self))
-        self._compiled = torch.compile(function, backend=entry, fullgraph=True, dynamic=False, **_LIMIT)
-        weakref.finalize(self, entry.leave, code).atexit = False
-
-    def __call__(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if not self._ran:
-            with TRACING.trace():
-                if not self._ran:  # unless another thread was first
-                    return self._run_first(layer, hidden_states, arguments)
-        with TRACING.run():
-            return self._run(layer, hidden_states, arguments)
-
-    def _run_first(self, layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The call that compiles."""
-        before = sum(counters["graph_break"].values())
-        try:
-            with _without_capture(layer):
-                result = self._run(layer, hidden_states, arguments)
-            self.direct = _without_guards(self._code)
-            self._ran = True
-            return result
-        finally:
-            self.breaks += sum(counters["graph_break"].values()) - before
-
-    def _run(self, *arguments: Any) -> Tensor:
-        try:
-            return self._compiled(*arguments)
-        except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.BackendCompilerFailed) as error:
-            if not self.graphs:
-                raise
-            raise ModelError(
-                f"{self.name} would need a second graph: something changed that its first one took for fixed. Run with "
-                "TORCH_LOGS=recompiles to see what, or apply the policy with compile=False"
-            ) from error
-
-    def compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
-        self.graphs += 1
-        if self.graphs > 1:
-            raise RuntimeError(f"{self.name} compiled twice")
-        with artefacts_kept():
-            return self._backend(graph, inputs, **options)
-
-
-@dataclass(eq=False)
-class _Entry:
-    """What torch knows a step's backend by. torch keeps the backends that it was given, and what it compiled with them,
-    for as long as the process lives: this one does not hold the step, and goes when that goes."""
-
-    step: weakref.ref[CompiledStep]
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
-        step = self.step()
-        assert step is not None
-        return step.compile(graph, inputs, **options)
-
-    def leave(self, code: types.CodeType) -> None:
-        """Take out of torch's lists the backend, and what was compiled for ``code``, which holds itself there."""
-        known: dict[int, Any] = getattr(torch._dynamo.eval_frame, "cached_backends", {})
-        for key, backend in list(known.items()):
-            if getattr(backend, "compiler_fn", backend) is self:
-                known.pop(key, None)
-        getattr(torch._dynamo, "reset_code", lambda code: None)(code)
-
-
-def _without_guards(code: types.CodeType) -> Callable[..., Tensor] | None:
-    """The bytecode that dynamo made of a function it has compiled once, as a function of its own.
-
-    Calling it is what a call under dynamo comes to once the guards held. torch's own switch for that
-    (``skip_guard_eval_unsafe``) holds for the whole process, other models and threads included; this does not.
-    """
-    entries: list[Any] = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", lambda code: [])(code)
-    if len(entries) != 1:
-        return None
-    # Names of its own: `torch._dynamo.reset` takes the compiled function out of the module's.
-    return types.FunctionType(entries[0].code, dict(decoder_step.__globals__))
-
-
 def decoder_step(layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The region that is compiled: one decoder layer, as its class defines it."""
     return type(layer).forward(layer, hidden_states, **arguments)
 
 
-@contextmanager
-def _without_capture(layer: nn.Module) -> Iterator[None]:
-    """Hide transformers' output-capturing hooks on the modules inside a layer while it is traced.
+def token_step(kv_layer: Any, query: Tensor, key: Tensor, value: Tensor, formula: Formula, kind: str) -> Tensor:
+    """The region that is compiled of a pass of many tokens: one of them, in one cache layer."""
+    said: Tensor = kv_layer.take(query, key, value, formula, kind)
+    return said
 
-    dynamo cannot trace the context variable they read, and inside a layer they wait for attention maps, of which a
-    policy's cache has none. The hook for hidden states hangs on the layer itself, which stays outside the graph.
+
+class TokenSteps:
+    """One pass of many tokens in one cache layer, token by token through compiled steps.
+
+    Nothing that a guard asks about changes between two of its tokens but their kind: so guards are asked once for each
+    kind, and every further token of that kind goes without.
     """
-    hidden = {}
-    for module in layer.modules():
-        hooks = module._forward_hooks
-        if module is not layer and any(hook.__module__ == CAPTURE for hook in hooks.values()):
-            hidden[module] = hooks
-            kept = [(key, hook) for key, hook in hooks.items() if hook.__module__ != CAPTURE]
-            module._forward_hooks = OrderedDict(kept)
-    try:
-        yield
-    finally:
-        for module, hooks in hidden.items():
-            module._forward_hooks = hooks
+
+    def __init__(self, compiler: StepCompiler) -> None:
+        self.compiler = compiler
+        self._held: dict[tuple[str, bool], Callable[..., Tensor]] = {}
+
+    def __call__(self, kv_layer: Any, query: Tensor, key: Tensor, value: Tensor, formula: Formula, kind: str) -> Tensor:
+        state = (kind, kv_layer.ahead is None)
+        held = self._held.get(state)
+        if held is not None:
+            return held(kv_layer, query, key, value, formula, kind)
+        step = self.compiler.token_step(kv_layer, query, formula)
+        said = step(kv_layer, query, key, value, formula, kind, inside=True)
+        if step.direct is not None:
+            self._held[state] = step.direct
+        return said
 
 
 @dataclass(frozen=True)
@@ -287,7 +203,10 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kv_layer = kwargs.get("kv_layer")
-        if kv_layer is None or kv_layer.moment.kind in (PROMPT, GIVEN):
+        if kv_layer is None or kv_layer.moment.kind == PROMPT:
+            return self._eager(*args, **kwargs)
+        if kv_layer.moment.kind == GIVEN:
+            kv_layer.moment.compiler = self.compiler if self.compiler.takes_tokens else None
             return self._eager(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not self.compiler.ready(self.layer, hidden_states, kwargs):

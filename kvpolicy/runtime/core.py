@@ -7,14 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import (
-    Rotation,
-    newest_queries,
-)
+from kvpolicy.attention import Formula, Rotation, newest_queries
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
 from kvpolicy.runtime.clocks import TORCH_DTYPES
+from kvpolicy.runtime.ahead import Ahead
 from kvpolicy.runtime.compact import Compact
+from kvpolicy.runtime.compiling import TokenSteps
 from kvpolicy.runtime.evict import Leave
 from kvpolicy.runtime.fused import Fusion
 from kvpolicy.runtime.moment import PLAIN, UPDATE, Site
@@ -29,6 +28,10 @@ from kvpolicy.runtime.turn import Turn
 from kvpolicy.scorers.sight import LastQueries, Sight, sums_probabilities
 
 
+READ_OF = 7
+"""Of so many slots or fewer one must be read, or it is cheaper to look for each token at those that it reads."""
+
+
 class LayerCore(FixedLayer):
     """One layer's slots under a policy, and what both kinds of pass need; what each does is in files of its own."""
 
@@ -36,6 +39,12 @@ class LayerCore(FixedLayer):
     """Whether generated passes tell in ``chosen`` which units they read of each pool that selects [B, K, P], and in
     ``attended`` the positions that were resident then [B, K, S], and prompt passes in ``after_chunks`` those that were
     after each chunk: for who looks on, at a price."""
+
+    steps: TokenSteps | None = None
+    """In the midst of a pass of many tokens that is compiled: what takes each of them in place of ``take``."""
+
+    ahead: Ahead | None = None
+    """In the midst of a pass of many tokens: what is known of the next ones."""
 
     def __init__(
         self,
@@ -72,6 +81,7 @@ class LayerCore(FixedLayer):
         fusion = Fusion.of(plan, self.geometry) if self.backend == TRITON else f"the backend is {self.backend}"
         self.fused = None if isinstance(fusion, str) else fusion.bind(self.state, self.clocks)
         self.unfused_reason = fusion if isinstance(fusion, str) else None
+        self.looks_ahead = self.backend == TORCH and self.compact is None and _stays(plan)
         # On a GPU the prompt's attention is another's kernel, and ours finds the scores.
         self.sums_prompt = self.backend == TORCH and any(
             leaf.signal == "attention" and sums_probabilities(leaf)
@@ -97,6 +107,10 @@ class LayerCore(FixedLayer):
         for name, tensor in old.tensors.items():
             if outlives_slots(name):
                 self.state.tensors[name].copy_(tensor)
+
+    def look_ahead(self, query: Tensor, key: Tensor, formula: Formula) -> Ahead | None:
+        """What is known beforehand of the next tokens [B, Q or K, n, D]; None where each looks by itself."""
+        return Ahead(self.state, query, key, formula, self.moment.room) if self.looks_ahead else None
 
     def pool_peak(self, pool: PoolPlan) -> Tensor:
         """The most tokens of a pool that a generated pass has met in each row and head [B, K], whole pages."""
@@ -161,6 +175,13 @@ def _stretches(layer: LayerPlan) -> list[list[PoolPlan]]:
         else:
             stretches.append([pool])
     return stretches
+
+
+def _stays(layer: LayerPlan) -> bool:
+    """Whether what lies in slots is written by tokens that enter alone, and most of it is read for each of them."""
+    if layer.shared or any(pool.store is not None or pool.to is not None for pool in layer.pools):
+        return False
+    return all(pool.read_units * pool.page * READ_OF >= pool.capacity for pool in layer.pools if pool.read is not None)
 
 
 def _reads_logits(layer: LayerPlan, kind: str) -> bool:

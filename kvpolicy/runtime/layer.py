@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from kvpolicy.attention import Formula
@@ -27,4 +29,5 @@ class PolicyLayer(TokenPass, PromptPass):
             return self._prompt(query, key, value, formula)
         if kind == GIVEN:
             return attend_one_by_one(self, query, key, value, formula)
-        return self._token(query, key, value, formula, kind)
+        take = self.take if self.steps is None or self.shows_reading else partial(self.steps, self)
+        return take(query, key, value, formula, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ class Moment:
     have the ``traits`` that the policy asks for [B, N], whether more of the turn is to come, whether the cache was
     empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
     update follows each. For generated passes that are taken at once (``GIVEN``) their kinds, one after the other, as
-    ``steps``, and in ``before`` where the clocks stood before the first.
+    ``steps``, in ``before`` where the clocks stood before the first, and the ``compiler`` of their steps, if they are
+    compiled. ``unread`` says of prompt passes that nobody reads what attention gives. ``room`` are tensors that layers use
+    one after the other, and whose values mean nothing afterwards.
     ``plan``, ``kinds`` and ``rotation`` do not change from pass to pass: the cache's plan, the kinds of its generated
     passes, and how keys are turned where positions are compact.
     """
@@ -44,6 +47,9 @@ class Moment:
     chunks: tuple[Chunk, ...] = ()
     steps: tuple[str, ...] = ()
     before: tuple[Tensor, ...] = ()
+    compiler: Any = None
+    unread: bool = False
+    room: dict[Any, Tensor] = field(default_factory=dict)
     rotation: Rotation | None = None
 
     def at(self, number: int) -> Moment:

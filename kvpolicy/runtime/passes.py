@@ -179,12 +179,13 @@ class Passes:
                 f"and cannot take {columns} more; plan for more (max_new_tokens)"
             )
         before = [tuple(tensor.clone() for tensor in site.clocks.tensors()) for site in self.sites]
-        steps = []
+        steps: list[str] = []
         for _ in range(columns):
             steps.append(self.open_step(1, valid))
             self.advance(steps[-1])
         for site, stood in zip(self.sites, before, strict=True):
             site.moment.steps, site.moment.before, site.moment.columns = tuple(steps), stood, columns
+            site.moment.compiler = None  # a compiled decoder layer says so itself
         self._set(GIVEN)
 
     def _set(self, kind: str | None) -> None:

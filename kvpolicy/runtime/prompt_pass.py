@@ -41,8 +41,11 @@ class PromptPass(LayerCore):
         keys = wide.keys
         if self.compact is not None and not moment.empty:  # in an empty cache ranks are positions
             query, keys = self.compact.at_ranks(query, moment.position, keys, wide.position)
+        out = query
         if self.sums_prompt:
             out, sums = self._attend_and_sum(query, keys, wide, formula)
+        elif moment.unread:
+            pass
         elif moment.whole and formula.plain:
             grouped = query.shape[1] > key.shape[1]
             out = F.scaled_dot_product_attention(

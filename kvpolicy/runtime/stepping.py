@@ -18,7 +18,8 @@ from torch.nn.modules import module as torch_modules
 
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.choosing import Choice
-from kvpolicy.runtime.compiling import CAPTURE, CompiledForward
+from kvpolicy.runtime.compiled import CAPTURE
+from kvpolicy.runtime.compiling import CompiledForward
 from kvpolicy.runtime.recording import Recorder, Work, recorder_for
 
 KEPT_CHOICES = 4  # ways to choose tokens whose recorded steps are kept at once

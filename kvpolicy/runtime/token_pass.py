@@ -35,7 +35,9 @@ from kvpolicy.scorers.sight import NewestQuery, Sight, masked_softmax
 class TokenPass(LayerCore):
     """A layer that takes generated passes."""
 
-    def _token(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula, kind: str) -> Tensor:
+    def take(self, query: Tensor, key: Tensor, value: Tensor, formula: Formula, kind: str) -> Tensor:
+        """One token a row: query [B, Q, 1, D], key and value [B, K, 1, D]; its attention [B, 1, Q, D], or numbers of no
+        meaning where that comes later (``ahead``)."""
         state = self.state
         if "queries" in state.tensors:
             self._remember_query(query)
@@ -60,6 +62,10 @@ class TokenPass(LayerCore):
         """Step 3 where every resident is read: attention of one query a row [B, K, G, D]."""
         state, wanted = self.state, self.reads_logits[kind]
         sight = NewestQuery(state, formula, {}, query, turned=turned)
+        if self.ahead is not None:
+            sight.all_logits, sight.probabilities = self.ahead.attend(state.position < 0)
+            self.ahead.pay(sight.probabilities)
+            return query, sight
         keys, values = sight.keys, state.all_values()
         if self.backend == TRITON:
             out, logits = decode_attention(query, keys, values, state.position, formula.scaling, wanted)
@@ -83,16 +89,21 @@ class TokenPass(LayerCore):
         state, clocks = self.state, self.clocks
         hidden = state.position < 0
         sight = NewestQuery(state, formula, {}, query, turned=turned)
-        if self.reads_logits[kind] or any(reader.reads_logits for reader in self.readers):
+        if self.ahead is not None:
+            sight.all_logits, sight.probabilities = self.ahead.attend(hidden)
+        elif self.reads_logits[kind] or any(reader.reads_logits for reader in self.readers):
             sight = NewestQuery.of(state, query, hidden, formula, turned)
         values = readings(state, clocks)
         chosen = {reader.name: reader.choose(state, clocks, values, sight) for reader in self.readers}
         sight.candidates = {}
         if self.shows_reading:
             self.chosen, self.attended = chosen, state.position.clone()
-        if self.reads_logits[kind]:
+        if self.reads_logits[kind] or self.ahead is not None:
             sight.read = read_slots(state, chosen)
             sight.probabilities = masked_softmax(sight.all_logits, sight.read[:, :, None], formula)
+            if self.ahead is not None:
+                self.ahead.pay(sight.probabilities)
+                return query, sight
             return state.mix(sight.probabilities), sight
         parts = []
         for pools in self.stretches:
@@ -133,6 +144,8 @@ class TokenPass(LayerCore):
         opens = None if pool.page == 1 else clock.fill == 1
         inside = unit if opens is None else unit * pool.page + clock.fill[:, None] - 1
         slot = (state.rows, state.heads, pool.offset + inside)
+        if self.ahead is not None:
+            self.ahead.enter(slot[2], value[:, :, 0])
         if pool.store is None:
             state.keys[slot] = key[:, :, 0]
             state.values[slot] = value[:, :, 0]

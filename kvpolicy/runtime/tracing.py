@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class Tracing:
-    """Many may ``run``, or one may ``trace``; neither inside the other. A trace that waits lets nobody by."""
+    """Many may ``run``, or one may ``trace``. A trace that waits lets nobody by; inside a run nobody may run again."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -35,10 +35,12 @@ class Tracing:
                 self._changed.notify_all()
 
     @contextmanager
-    def trace(self) -> Iterator[None]:
-        """Compile, alone."""
+    def trace(self, *, inside: bool = False) -> Iterator[None]:
+        """Compile, alone; ``inside`` a run of one's own, which then stands still meanwhile."""
         with self._changed:
             self._waiting += 1
+            self._running -= inside
+            self._changed.notify_all()
             try:
                 while self._tracing or self._running:
                     self._changed.wait()
@@ -51,6 +53,7 @@ class Tracing:
         finally:
             with self._changed:
                 self._tracing = False
+                self._running += inside
                 self._changed.notify_all()
 
 

@@ -185,7 +185,7 @@ def test_a_snapshot_sees_every_change(model, change):
 
 
 def test_a_limit_of_our_own_for_a_torch_without_one(model, policies, prompt, greedy, monkeypatch):
-    monkeypatch.setattr("kvpolicy.runtime.compiling._LIMIT", {})
+    monkeypatch.setattr("kvpolicy.runtime.compiled._LIMIT", {})
     apply(model, policies["window"], compile="eager")
     model.generate(prompt, **greedy)
     model.model.layers[1].self_attn.scaling *= 2
