@@ -32,7 +32,9 @@ class Ahead:
         query: [B, Q, n, D]. key: [B, K, n, D]. room: tensors that others like this one may use, too, one at a time.
     """
 
-    def __init__(self, state: LayerState, query: Tensor, key: Tensor, formula: Formula, room: dict[Any, Tensor]) -> None:
+    def __init__(
+        self, state: LayerState, query: Tensor, key: Tensor, formula: Formula, room: dict[Any, Tensor]
+    ) -> None:
         self.state, self.formula, self.count = state, formula, query.shape[2]
         rows, heads, slots, size = state.keys.shape
         group, wide = query.shape[1] // heads, state.values.shape[3]

@@ -1,5 +1,4 @@
-"""A region that torch.compile takes whole, and takes once: a second graph raises, where torch would make one in silence.
-"""
+"""A region that torch.compile takes whole and once: a second graph raises, where torch would make one in silence."""
 
 from __future__ import annotations
 
@@ -34,10 +33,11 @@ class CompiledStep:
     ``direct`` is the compiled code without its guards, for who knows that they hold; None where torch hides it.
     """
 
-    def __init__(self, name: str, function: types.FunctionType, backend: str | Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Tensor], backend: str | Callable[..., Any]) -> None:
         self.name, self.graphs, self.breaks = name, 0, 0
         self._backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         # dynamo keeps graphs by code object: a copy has its own, so no other model's graphs count against its limit.
+        assert isinstance(function, types.FunctionType)
         code = function.__code__.replace(co_name=name)
         own = types.FunctionType(code, function.__globals__, name)
         self.direct: Callable[..., Tensor] | None = None

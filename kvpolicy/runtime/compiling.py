@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpolicy.plan import LayerPlan, LocalPlan
 from kvpolicy.attention import Formula
+from kvpolicy.plan import LayerPlan, LocalPlan
 from kvpolicy.runtime.compiled import CompiledStep
 from kvpolicy.runtime.moment import GIVEN, PROMPT
 from kvpolicy.runtime.tracing import TRACING
@@ -25,6 +25,7 @@ from kvpolicy.runtime.unchanged import Unchanged, made_of
 
 SETTING = bool | int | float | str | None
 """Of these types are the attributes of a module that its code may branch on."""
+
 
 @dataclass(frozen=True)
 class CompileReport:
@@ -80,19 +81,18 @@ class StepCompiler:
         Its key is all that may lawfully differ between two graphs; whatever else changes is a recompile, and raises.
         """
         key = (self._form(layer), make, layer.training, *self._pass(kv_layer, hidden_states))
-        return self._known(key, f"{type(layer).__name__}_{kv_layer.moment.kind}", decoder_step)
+        return self._made(key, f"{type(layer).__name__}_{kv_layer.moment.kind}", decoder_step)
 
     def token_step(self, kv_layer: Any, query: Tensor, formula: Formula) -> CompiledStep:
         """The same for a cache layer alone, in the midst of a pass of many tokens (runtime/given.py)."""
         made = (formula.scaling, formula.softcap, formula.sinks is None, kv_layer.ahead is None)
         key = (made, *self._pass(kv_layer, query))
-        return self._known(key, f"{type(kv_layer).__name__}_{kv_layer.moment.kind}", token_step)
+        return self._made(key, f"{type(kv_layer).__name__}_{kv_layer.moment.kind}", token_step)
 
-    def _known(self, key: Hashable, name: str, function: Callable[..., Tensor]) -> CompiledStep:
+    def _made(self, key: Hashable, name: str, function: Callable[..., Tensor]) -> CompiledStep:
         if key not in self._steps:
             with self._making:
                 if key not in self._steps:
-                    assert isinstance(function, types.FunctionType)
                     self._steps[key] = CompiledStep(f"{name}_{len(self._steps)}", function, self.backend)
         return self._steps[key]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from kvpolicy.attention import Formula, Rotation, newest_queries
 from kvpolicy.attention.backends import TORCH, TRITON
 from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_leaves
-from kvpolicy.runtime.clocks import TORCH_DTYPES
 from kvpolicy.runtime.ahead import Ahead
+from kvpolicy.runtime.clocks import TORCH_DTYPES
 from kvpolicy.runtime.compact import Compact
 from kvpolicy.runtime.compiling import TokenSteps
 from kvpolicy.runtime.evict import Leave
@@ -26,7 +26,6 @@ from kvpolicy.runtime.reading import Reader
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.turn import Turn
 from kvpolicy.scorers.sight import LastQueries, Sight, sums_probabilities
-
 
 READ_OF = 7
 """Of so many slots or fewer one must be read, or it is cheaper to look for each token at those that it reads."""

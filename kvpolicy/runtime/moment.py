@@ -27,8 +27,8 @@ class Moment:
     empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
     update follows each. For generated passes that are taken at once (``GIVEN``) their kinds, one after the other, as
     ``steps``, in ``before`` where the clocks stood before the first, and the ``compiler`` of their steps, if they are
-    compiled. ``unread`` says of prompt passes that nobody reads what attention gives. ``room`` are tensors that layers use
-    one after the other, and whose values mean nothing afterwards.
+    compiled. ``unread`` says of prompt passes that nobody reads what attention gives. ``room`` are tensors that layers
+    use one after the other, and whose values mean nothing afterwards.
     ``plan``, ``kinds`` and ``rotation`` do not change from pass to pass: the cache's plan, the kinds of its generated
     passes, and how keys are turned where positions are compact.
     """

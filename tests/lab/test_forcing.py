@@ -15,9 +15,10 @@ from kvpolicy.lab.compare.arms import Arm, bound
 from kvpolicy.lab.fidelity.forcing import Lead
 from kvpolicy.lab.fidelity.full_cache import Body, Forced
 from kvpolicy.lab.fidelity.mass import Mass
+from kvpolicy.lab.fidelity.prompts import Reading
 from kvpolicy.language import Policy, load_policy, shipped_policies
 from kvpolicy.models import load_model
-from kvpolicy.patching import applied, cache_for
+from kvpolicy.patching import applied, cache_for, compile_report
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.clocks import Clocks
@@ -57,16 +58,16 @@ def small(name: str) -> Policy:
 
 @torch.no_grad()
 def led(
-    policy: Policy, by_layer: bool, stretch: int = 11, every: int = 0
+    policy: Policy, by_layer: bool, every: int = 0, reading: Reading | None = None, compile: str | bool = False
 ) -> tuple[Tensor, PolicyCache, dict[int, Any]]:
     """Hidden states [B, M, D], the cache at the end, and the mass kept by place."""
     model, tokenizer = tiny()
-    with applied(model, policy, special_tokens=tokenizer):
+    with applied(model, policy, special_tokens=tokenizer, compile=compile):
         kept = cache_for(model, prompt=(PROMPT - 14, PROMPT), max_new_tokens=NEW, batch=3)
-        lead = Lead(Body(model), kept, texts(), by_layer=by_layer)
+        lead = Lead(Body(model), kept, texts(), by_layer=by_layer, reading=reading)
         mass = Mass(kept, every or NEW)
         with mass if every else nullcontext():
-            said = torch.cat([states.clone() for _, states in lead.run(11)], 1)
+            said = torch.cat([states.clone() for _, states in lead.run(19)], 1)
     return said, kept, mass.by_place
 
 
@@ -94,6 +95,70 @@ def test_layer_by_layer_is_step_by_step(name: str) -> None:
     assert layers[1].stats() == steps[1].stats() | {"passes": layers[1].passes}
     assert layers[1].passes == steps[1].passes
     assert layers[1].get_seq_length() == PROMPT + NEW - 1
+
+
+@cache
+def read_by_dense() -> Reading:
+    """Prompts as the full cache's arm leaves them."""
+    reading = Reading(tiny()[0], texts())
+    led(load_policy("dense"), True, reading=reading)
+    return reading
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("h2o", "quest-raas", "keydiff") else pytest.mark.slow)
+        for name in shipped_policies()
+    ],
+)
+def test_prompts_that_another_policy_read_are_the_same(name: str) -> None:
+    policy, reading = small(name), read_by_dense()
+    assert reading.said is not None
+    shown, own = led(policy, True, reading=reading), led(policy, True)
+    assert same(shown, own)
+    assert shown[1].stats() == own[1].stats()
+
+
+def test_a_policy_that_drops_between_chunks_reads_its_own_prompts() -> None:
+    policy = next(each for each in map(small, shipped_policies()) if each.prompt_chunk is not None)
+    reading = Reading(tiny()[0], texts())
+    led(policy, True, reading=reading)
+    assert reading.said is None
+
+
+def test_prompts_too_large_to_keep_are_read_by_every_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpolicy.lab.fidelity.prompts.MOST_BYTES", 1000)
+    reading = Reading(tiny()[0], texts())
+    assert same(led(small("h2o"), True, reading=reading), led(small("h2o"), True))
+    assert reading.said is None
+
+
+def test_layers_of_a_shown_prompt_are_as_they_were() -> None:
+    model = tiny()[0]
+    before = [dict(vars(layer)) for layer in model.model.layers]
+    led(small("h2o"), True, reading=read_by_dense())
+    assert [dict(vars(layer)) for layer in model.model.layers] == before
+
+
+@pytest.mark.parametrize("name", ["h2o", "raas", "quest", "scope-adaptive", "duo-attention"])
+def test_token_steps_inside_a_pass_compile(name: str) -> None:
+    policy = small(name)
+    compiled, eager = led(policy, True, compile="aot_eager", every=5), led(policy, True, every=5)
+    assert same(compiled, eager)
+    assert all(torch.allclose(by_row, eager[2][place], atol=1e-5) for place, by_row in compiled[2].items())
+
+
+def test_a_compiled_pass_costs_one_graph_a_kind_and_none_to_the_next() -> None:
+    model, tokenizer = tiny()
+    with applied(model, small("raas"), special_tokens=tokenizer, compile="aot_eager"):
+        for _ in range(2):
+            kept = cache_for(model, prompt=(PROMPT - 14, PROMPT), max_new_tokens=NEW, batch=3)
+            with torch.no_grad():
+                for _ in Lead(Body(model), kept, texts(), by_layer=True).run(7):
+                    pass
+        report = compile_report(model)
+    assert (report.graphs, report.graph_breaks, report.recompiles) == (2, 0, 0)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.lab.compare.running import padded
 from kvpolicy.lab.fidelity.full_cache import Body, Forced, Head
 from kvpolicy.lab.fidelity.mass import EVERY, Mass
+from kvpolicy.lab.fidelity.prompts import Reading, read
 from kvpolicy.lab.watching import kept_by_row
 from kvpolicy.language import Policy
 from kvpolicy.patching import applied, cache_for
@@ -95,7 +95,7 @@ class Forcing:
     """How texts are run. prompt: the (fewest, most) tokens of any prompt, new_tokens the most of any output: every
     batch is planned for these, so that what a policy makes of them is the same in all. batch: texts at once. by_layer:
     which of two ways through the model they take, None: the faster (``takes_layers``). mass_every: of so many places,
-    at one the attention mass kept is measured, 0: nowhere; nor where steps are compiled."""
+    at one the attention mass kept is measured, 0: nowhere; nor where steps of the whole model are compiled."""
 
     prompt: tuple[int, int]
     new_tokens: int
@@ -121,12 +121,14 @@ def force(
     full: Sequence[Tensor],
     how: Forcing,
     *,
+    reading: Reading | None = None,
     tell: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> list[Series]:
     """Run texts under a policy whose params are bound. The model is as before afterwards.
 
     Args:
         full: of each text, what ``full_states`` gave.
+        reading: of these texts, where they go as one batch; by default every batch reads its own prompts.
         tell: after every block, tokens of all outputs so far, and seconds.
 
     Raises:
@@ -134,8 +136,8 @@ def force(
     """
     head, done, began = Head(model), 0, time.perf_counter()
     geometry = ModelGeometry.from_config(model.config)
-    fast = takes_layers(model.device, geometry, bool(how.compile))
-    by_layer, every = fast if how.by_layer is None else how.by_layer, 0 if how.compile else how.mass_every
+    by_layer = takes_layers(model.device, geometry) if how.by_layer is None else how.by_layer
+    every = how.mass_every if by_layer or not how.compile else 0
 
     def step(tokens: int) -> None:
         nonlocal done
@@ -151,31 +153,40 @@ def force(
                 cache = cache_for(model, prompt=how.prompt, max_new_tokens=how.new_tokens, batch=len(rows))
             cache.reset()
             full_here = full[start : start + how.batch]
-            found += _Batch(model, cache, rows, full_here, head, step, by_layer, every).run()
+            found += _Batch(model, cache, rows, full_here, head, step, by_layer, every, reading).run()
     return found
 
 
-def takes_layers(device: torch.device, geometry: ModelGeometry, compiled: bool) -> bool:
+def takes_layers(device: torch.device, geometry: ModelGeometry) -> bool:
     """Whether texts go through a model layer by layer (`Lead`), or token by token through all of it.
 
-    The first is the faster on a CPU, where the price of a step is weights to read. A GPU replays recorded steps, and a
-    step that was compiled is one of the whole model. A layer with a state in place of tokens takes its tokens singly.
+    The first is the faster on a CPU, where the price of a step is weights to read. A GPU replays recorded steps. A
+    layer with a state in place of tokens takes its tokens singly.
     """
-    return device.type == "cpu" and not geometry.states and not compiled
+    return device.type == "cpu" and not geometry.states
 
 
 class Lead:
     """Leads texts through an empty cache, as its rows; a row that has ended is fed on.
 
-    body: a patched model, which says logits, or its ``Body``, which says hidden states.
+    body: a patched model, which says logits, or its ``Body``, which says hidden states. reading: where the prompts of
+    these texts are kept for other policies; it is a body's.
 
     The tokens of the output are all known. So the model takes a stretch of them in one call, and each layer goes
     through them by itself, one by one, as generated steps (runtime/given.py); or, with ``by_layer`` False, the model is
     called for each. What is kept after each token is the same.
     """
 
-    def __init__(self, body: Any, cache: PolicyCache, texts: Sequence[Forced], *, by_layer: bool) -> None:
-        self.body, self.cache, self.texts, self.by_layer = body, cache, texts, by_layer
+    def __init__(
+        self,
+        body: Any,
+        cache: PolicyCache,
+        texts: Sequence[Forced],
+        *,
+        by_layer: bool,
+        reading: Reading | None = None,
+    ) -> None:
+        self.body, self.cache, self.texts, self.by_layer, self.reading = body, cache, texts, by_layer, reading
         self.longest, device = max(len(text.output) for text in texts), cache.device
         self.tokens = torch.zeros(len(texts), self.longest, dtype=torch.int64, device=device)
         for row, text in enumerate(texts):
@@ -189,7 +200,10 @@ class Lead:
         Args:
             stretch: places at once, at the most; one also ends where a row does.
         """
-        yield 0, _prompts(self.body, self.cache, self.texts)
+        if self.reading is None:
+            yield 0, read(self.body, self.cache, self.texts)
+        else:
+            yield 0, self.reading.take(self.body, self.cache)
         if self.by_layer:
             yield from self._by_layer(stretch)
         else:
@@ -218,21 +232,6 @@ class Lead:
             stepper.close()
 
 
-def _prompts(body: Any, cache: PolicyCache, texts: Sequence[Forced]) -> Tensor:
-    """All prompts in one pass, padded on the left; what is said after each [B, 1, D]."""
-    ids, mask = padded([text.prompt for text in texts], 0)
-    cache.expect_prompt(ids.shape[1])
-    said: Tensor = body(
-        input_ids=ids.to(cache.device),
-        attention_mask=mask.to(cache.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(cache.device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits
-    return said[:, -1:]
-
-
 class _Batch:
     """Some texts as rows of one cache; a row that has ended is fed on, and counted no more."""
 
@@ -246,8 +245,9 @@ class _Batch:
         tell: Callable[[int], None],
         by_layer: bool,
         mass_every: int,
+        reading: Reading | None,
     ) -> None:
-        self.lead = Lead(Body(model), cache, texts, by_layer=by_layer)
+        self.lead = Lead(Body(model), cache, texts, by_layer=by_layer, reading=reading)
         self.cache, self.texts, self.full, self.mass_every = cache, texts, full, mass_every
         self.head, self.tell, self.device = head, tell, model.device
         self.series = [Series(text.number, bytes=cache.bytes // len(texts)) for text in texts]

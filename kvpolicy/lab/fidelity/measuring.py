@@ -1,7 +1,8 @@
 """Arms on the texts of a file: every arm is led through the same outputs, and each text becomes a row of ``compare``.
 
-Texts go in batches, and every arm does one batch before the next begins: a run that is cut short has all arms, on fewer
-texts. What the full cache says of a batch is kept while it lasts.
+Texts go in batches, one in each process, and every arm does one batch before the next begins, budget after budget: a
+run that is cut short has all arms, on fewer texts. What the full cache says of a batch is kept while it lasts, and so
+are its prompts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kvpolicy.lab.compare.running import versions
 from kvpolicy.lab.dataset import Text, need_outputs
 from kvpolicy.lab.fidelity.forcing import BLOCK, MASS, Forcing, Series, force, takes_layers
 from kvpolicy.lab.fidelity.full_cache import Forced, Head, force_ids, full_states
+from kvpolicy.lab.fidelity.prompts import Reading
+from kvpolicy.models.processes import processes
 
 TASK = "fidelity"
 
@@ -56,11 +59,12 @@ class Fidelity(Keeping):
 
     options: Options
     _states: dict[int, Tensor] = field(default_factory=dict)
+    _reading: Reading | None = None
 
     @property
     def way(self) -> str:
         """How texts go through the model: "layer by layer" or "step by step"; the numbers are the same."""
-        layers = takes_layers(self.model.device, self.geometry, bool(self.options.compile))
+        layers = takes_layers(self.model.device, self.geometry)
         return "layer by layer" if layers else "step by step"
 
     def run(self, arms: Sequence[Arm], given: Sequence[Text]) -> None:
@@ -77,13 +81,17 @@ class Fidelity(Keeping):
         Head(self.model).check(self.model, texts[0].ids)
         known, cells = self.find_known(), []
         bounds = list(self.arms_that_run(TASK, arms, how.prompt, how.new_tokens))
-        for start in range(0, len(texts), options.batch):
-            batch = texts[start : start + options.batch]
+        budgets = list(dict.fromkeys(found.arm.budget for found in bounds))
+        bounds.sort(key=lambda found: budgets.index(found.arm.budget))
+        batches = [texts[start : start + options.batch] for start in range(0, len(texts), options.batch)]
+        together = processes().count
+        for first in range(0, len(batches), together):
             for found in bounds:
-                old = {text.number: known.get(self._row(found, text, how).key) for text in batch}
-                self.rows += [row for row in old.values() if row is not None]
-                if left := [text for text in batch if old[text.number] is None]:
-                    cells.append(Cell(found, left))
+                for batch in batches[first : first + together]:
+                    old = {text.number: known.get(self._row(found, text, how).key) for text in batch}
+                    self.rows += [row for row in old.values() if row is not None]
+                    if left := [text for text in batch if old[text.number] is None]:
+                        cells.append(Cell(found, left))
         self.make(cells, partial(self._forced, how=how))
 
     def _row(self, found: Bound, text: Forced, how: Forcing) -> Row:
@@ -117,7 +125,8 @@ class Fidelity(Keeping):
         self.note(f"{cell.name}: the full cache reads")
         full = self._full(cell.texts)
         self.note(f"{cell.name}: prompts")
-        series = force(self.model, self.tokenizer, cell.bound.policy, cell.texts, full, how, tell=tell)
+        reading = self._read(cell.texts)
+        series = force(self.model, self.tokenizer, cell.bound.policy, cell.texts, full, how, reading=reading, tell=tell)
         return [
             replace(
                 self._row(cell.bound, text, how),
@@ -137,6 +146,12 @@ class Fidelity(Keeping):
             if text.number not in self._states:
                 self._states[text.number] = full_states(self.model, text)
         return [self._states[text.number] for text in texts]
+
+    def _read(self, texts: Sequence[Forced]) -> Reading:
+        """Where the prompts of these are kept; those of others are forgotten."""
+        if self._reading is None or [text.number for text in self._reading.texts] != [text.number for text in texts]:
+            self._reading = Reading(self.model, texts)
+        return self._reading
 
 
 def measures(series: Series) -> dict[str, list[float]]:

@@ -87,7 +87,6 @@ class PolicyLM(HFLM):
         self.evicted = self.texts = self.untouched = 0
         if self.policy is not None:
             apply(model, self.policy, compile=compile, special_tokens=tokenizer)
-        self.compiled = compile
 
     @property
     def eot_token_id(self) -> int:
@@ -150,7 +149,7 @@ class PolicyLM(HFLM):
         cache = cache_for(self.model, prompt=(min(prompts), max(prompts)), max_new_tokens=steps, batch=len(texts))
         tokens = torch.stack([text.output for text in texts]).to(self.device)
         scores, equal = [], []
-        by_layer = takes_layers(cache.device, cache.plan.geometry, self.compiled)
+        by_layer = takes_layers(cache.device, cache.plan.geometry)
         lead = Lead(self.model, cache, texts, by_layer=by_layer)
         for place, logits in lead.run(AT_ONCE):
             said, token = logits.float().log_softmax(-1), tokens[:, place : place + logits.shape[1]]
