@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,8 +27,9 @@ class Moment:
     empty and nothing is padded (``whole``), and whether it is the turn's first pass; and its ``chunks``, where an
     update follows each. For generated passes that are taken at once (``GIVEN``) their kinds, one after the other, as
     ``steps``, in ``before`` where the clocks stood before the first, and the ``compiler`` of their steps, if they are
-    compiled. ``unread`` says of prompt passes that nobody reads what attention gives. ``room`` are tensors that layers
-    use one after the other, and whose values mean nothing afterwards.
+    compiled. ``shown`` is None where a prompt is read; else the layer is shown one that was read before, nobody wants
+    its attention, and what it found out about the same one stands there. ``room`` are tensors that layers use one after
+    the other, and whose values mean nothing afterwards.
     ``plan``, ``kinds`` and ``rotation`` do not change from pass to pass: the cache's plan, the kinds of its generated
     passes, and how keys are turned where positions are compact.
     """
@@ -48,7 +49,7 @@ class Moment:
     steps: tuple[str, ...] = ()
     before: tuple[Tensor, ...] = ()
     compiler: Any = None
-    unread: bool = False
+    shown: dict[Hashable, Tensor] | None = None
     room: dict[Any, Tensor] = field(default_factory=dict)
     rotation: Rotation | None = None
 

@@ -44,7 +44,7 @@ class PromptPass(LayerCore):
         out = query
         if self.sums_prompt:
             out, sums = self._attend_and_sum(query, keys, wide, formula)
-        elif moment.unread:
+        elif moment.shown is not None:
             pass
         elif moment.whole and formula.plain:
             grouped = query.shape[1] > key.shape[1]
@@ -76,16 +76,22 @@ class PromptPass(LayerCore):
         # Where one pool takes them all, and nothing was there before, it holds the pass's own tokens, in order.
         in_order = moment.empty and len(pools) == 1
         span = wide.span(pools[0]) if in_order else slice(None)
-        out, found = attend_prompt_and_sum(
-            query,
-            keys[:, :, span],
-            wide.values[:, :, span],
-            moment.position,
-            wide.position[:, :, span],
-            formula,
-            in_order=in_order,
-            padded=not moment.whole,
-        )
+        known = moment.shown if in_order else None
+        name = ("sums", self.plan.members, wide.position[:, :, span].shape[2])
+        out, found = query, None if known is None else known.get(name)
+        if found is None:
+            out, found = attend_prompt_and_sum(
+                query,
+                keys[:, :, span],
+                wide.values[:, :, span],
+                moment.position,
+                wide.position[:, :, span],
+                formula,
+                in_order=in_order,
+                padded=not moment.whole,
+            )
+        if known is not None:
+            known[name] = found
         sums = found.new_zeros(*found.shape[:3], wide.position.shape[2])
         sums[..., span] = found
         return out, sums

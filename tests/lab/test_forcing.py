@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kvpolicy.models import load_model
 from kvpolicy.patching import applied, cache_for, compile_report
 from kvpolicy.plan import ModelGeometry
 from kvpolicy.runtime import PolicyCache
+from kvpolicy.runtime.ahead import Ahead
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.moment import GIVEN
 
@@ -134,6 +136,15 @@ def test_prompts_too_large_to_keep_are_read_by_every_policy(monkeypatch: pytest.
     assert reading.said is None
 
 
+def test_what_a_prompts_queries_paid_is_summed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, reading = small("h2o"), Reading(tiny()[0], texts())
+    led(load_policy("dense"), True, reading=reading)
+    led(policy, True, reading=reading)
+    own, told = led(policy.bind(heavy=5), True), Mock(side_effect=AssertionError)
+    monkeypatch.setattr("kvpolicy.runtime.prompt_pass.attend_prompt_and_sum", told)
+    assert same(led(policy.bind(heavy=5), True, reading=reading), own)
+
+
 def test_layers_of_a_shown_prompt_are_as_they_were() -> None:
     model = tiny()[0]
     before = [dict(vars(layer)) for layer in model.model.layers]
@@ -177,6 +188,33 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["h2o", "raas-compressed-prompt"])
 def test_a_layer_that_begins_a_token_late_is_caught(name: str, late: None) -> None:
     assert not same(led(small(name), True), led(small(name), False))
+
+
+def keys_not_found(self: Ahead) -> None:
+    """In place of ``leave``: who comes later in the stretch sees the key that lay there at first."""
+
+
+def values_not_lost(self: Ahead, place: Tensor, value: Tensor) -> None:
+    """In place of ``enter``: who came earlier in the stretch reads the value that entered later."""
+    self.now_place.copy_(place)
+    self.now_lost.zero_()
+
+
+@pytest.mark.parametrize(
+    "name, method, broken",
+    [
+        ("h2o", "leave", keys_not_found),
+        ("quest", "leave", keys_not_found),
+        ("h2o", "enter", values_not_lost),
+        ("tova", "enter", values_not_lost),
+    ],
+)
+def test_a_stretch_that_forgets_what_entered_is_caught(
+    name: str, method: str, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = led(small(name), True)
+    monkeypatch.setattr(Ahead, method, broken)
+    assert not same(led(small(name), True), right)
 
 
 def test_what_does_not_fit_is_refused() -> None:

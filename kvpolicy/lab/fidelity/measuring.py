@@ -81,7 +81,7 @@ class Fidelity(Keeping):
         Head(self.model).check(self.model, texts[0].ids)
         known, cells = self.find_known(), []
         bounds = list(self.arms_that_run(TASK, arms, how.prompt, how.new_tokens))
-        budgets = list(dict.fromkeys(found.arm.budget for found in bounds))
+        budgets = list(dict.fromkeys(arm.budget for arm in arms))
         bounds.sort(key=lambda found: budgets.index(found.arm.budget))
         batches = [texts[start : start + options.batch] for start in range(0, len(texts), options.batch)]
         together = processes().count

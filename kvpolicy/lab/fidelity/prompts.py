@@ -2,12 +2,13 @@
 
 A policy drops after the prompt's last token, or between its chunks. Where there are no chunks, all arms have the same
 queries, keys and values in every layer, and the same to say at the end. So the first arm's are kept, and a later arm's
-layers are only shown them: no weights are read, and attention is left out where nobody scores by it.
+layers are only shown them: no weights are read, attention is left out where nobody scores by it, and what the prompt's
+queries paid to each token is summed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +38,7 @@ class Reading:
         self.model, self.texts = model, list(texts)
         self.said: Tensor | None = None
         self._given: list[Given] = []
+        self._found: list[dict[Hashable, Tensor]] = []  # by layer, what some policy made of them and others make, too
 
     def take(self, body: Any, cache: PolicyCache) -> Tensor:
         """Bring the prompts into an empty cache of a patched model; what is said after each [B, 1, D]."""
@@ -49,14 +51,8 @@ class Reading:
             if self._given:
                 self.said = said.clone()
             return said
-        with _replaced(layers, [_Shown(given) for given in self._given]):
-            for site in cache.sites:
-                site.moment.unread = True
-            try:
-                read(body, cache, self.texts)
-            finally:
-                for site in cache.sites:
-                    site.moment.unread = False
+        with _replaced(layers, list(map(_Shown, self._given, self._found))):
+            read(body, cache, self.texts)
         return self.said
 
     def _keeping(self, layer: Any) -> Callable[..., Tensor]:
@@ -66,6 +62,7 @@ class Reading:
         def keep(query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
             if len(self._given) or self._fits(query, key, value):
                 self._given.append((query, key, value, formula))
+                self._found.append({})
             said: Tensor = forward(query, key, value, formula)
             return said
 
@@ -81,11 +78,15 @@ class Reading:
 class _Shown:
     """Stands in for a decoder layer's ``forward``: its cache layer is shown what it was given once."""
 
-    def __init__(self, given: Given) -> None:
-        self.given = given
+    def __init__(self, given: Given, found: dict[Hashable, Tensor]) -> None:
+        self.given, self.found = given, found
 
     def __call__(self, hidden_states: Tensor, *args: Any, kv_layer: Any, **kwargs: Any) -> Tensor:
-        kv_layer.forward(*self.given)
+        kv_layer.moment.shown = self.found
+        try:
+            kv_layer.forward(*self.given)
+        finally:
+            kv_layer.moment.shown = None
         return hidden_states
 
 
