@@ -58,6 +58,7 @@ class Ahead:
         self.paid = made("paid", rows, heads, AT_ONCE, group, slots, dtype=number)
         self.lost = made("lost", AT_ONCE, rows, heads, wide, dtype=number)
         self.places = made("places", AT_ONCE, rows, heads, dtype=torch.int64)
+        self.places[self.count :] = 0  # another layer may have had more slots
         self.rows, self.heads = state.rows, state.heads
         self._by_token = [each.unbind(axis) for each, axis in ((self.logits, 2), (self.paid, 2), (self.lost, 0))]
         self._by_token += [self.places.unbind(), tuple(self.own[place, :, :, place] for place in range(AT_ONCE))]

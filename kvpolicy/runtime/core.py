@@ -13,7 +13,6 @@ from kvpolicy.plan import LayerPlan, ModelGeometry, PoolPlan, needs, scoring_lea
 from kvpolicy.runtime.ahead import Ahead
 from kvpolicy.runtime.clocks import TORCH_DTYPES
 from kvpolicy.runtime.compact import Compact
-from kvpolicy.runtime.compiling import TokenSteps
 from kvpolicy.runtime.evict import Leave
 from kvpolicy.runtime.fused import Fusion
 from kvpolicy.runtime.moment import PLAIN, UPDATE, Site
@@ -38,12 +37,6 @@ class LayerCore(FixedLayer):
     """Whether generated passes tell in ``chosen`` which units they read of each pool that selects [B, K, P], and in
     ``attended`` the positions that were resident then [B, K, S], and prompt passes in ``after_chunks`` those that were
     after each chunk: for who looks on, at a price."""
-
-    steps: TokenSteps | None = None
-    """In the midst of a pass of many tokens that is compiled: what takes each of them in place of ``take``."""
-
-    ahead: Ahead | None = None
-    """In the midst of a pass of many tokens: what is known of the next ones."""
 
     def __init__(
         self,
@@ -108,7 +101,6 @@ class LayerCore(FixedLayer):
                 self.state.tensors[name].copy_(tensor)
 
     def look_ahead(self, query: Tensor, key: Tensor, formula: Formula) -> Ahead | None:
-        """What is known beforehand of the next tokens [B, Q or K, n, D]; None where each looks by itself."""
         return Ahead(self.state, query, key, formula, self.moment.room) if self.looks_ahead else None
 
     def pool_peak(self, pool: PoolPlan) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpolicy.attention import Formula
 from kvpolicy.errors import CacheError
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.moment import GIVEN, PROMPT, Moment, opened
@@ -26,6 +27,14 @@ class FixedLayer(CacheLayerMixin):
     dtype: torch.dtype
     """Of the numbers it attends with: the plan's, whatever its pools are stored in."""
     moment: Moment
+    steps: Any = None
+    """In the midst of a pass of many tokens that is compiled: what takes each of them (`compiling.TokenSteps`)."""
+    ahead: Any = None
+    """In the midst of a pass of many tokens: what is known of the next ones (`ahead.Ahead`)."""
+
+    def look_ahead(self, query: Tensor, key: Tensor, formula: Formula) -> Any:
+        """What is known beforehand of the next tokens [B, Q or K, n, D]; None where each looks by itself."""
+        return None
 
     @property
     def query_position(self) -> Tensor:

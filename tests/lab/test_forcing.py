@@ -25,6 +25,7 @@ from kvpolicy.runtime import PolicyCache
 from kvpolicy.runtime.ahead import Ahead
 from kvpolicy.runtime.clocks import Clocks
 from kvpolicy.runtime.moment import GIVEN
+from kvpolicy.testing.models import random_model
 
 PROMPT, NEW = 32, 24
 
@@ -60,11 +61,16 @@ def small(name: str) -> Policy:
 
 @torch.no_grad()
 def led(
-    policy: Policy, by_layer: bool, every: int = 0, reading: Reading | None = None, compile: str | bool = False
+    policy: Policy,
+    by_layer: bool,
+    every: int = 0,
+    reading: Reading | None = None,
+    compile: str | bool = False,
+    model: Any = None,
 ) -> tuple[Tensor, PolicyCache, dict[int, Any]]:
     """Hidden states [B, M, D], the cache at the end, and the mass kept by place."""
-    model, tokenizer = tiny()
-    with applied(model, policy, special_tokens=tokenizer, compile=compile):
+    model, special = (model, [0]) if model is not None else tiny()
+    with applied(model, policy, special_tokens=special, compile=compile):
         kept = cache_for(model, prompt=(PROMPT - 14, PROMPT), max_new_tokens=NEW, batch=3)
         lead = Lead(Body(model), kept, texts(), by_layer=by_layer, reading=reading)
         mass = Mass(kept, every or NEW)
@@ -170,6 +176,18 @@ def test_a_compiled_pass_costs_one_graph_a_kind_and_none_to_the_next() -> None:
                     pass
         report = compile_report(model)
     assert (report.graphs, report.graph_breaks, report.recompiles) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "llama4_text"])
+def test_layers_that_see_what_is_near_go_the_same_way(name: str) -> None:
+    """Beside them logits are capped, sinks take a share, or queries are tempered."""
+    model, policy = random_model(name), load_policy("h2o", set={"heavy": 5, "recent": 4})
+    reading = Reading(model, texts())
+    led(load_policy("dense"), True, reading=reading, model=model)
+    steps = led(policy, False, model=model)
+    assert same(led(policy, True, model=model), steps)
+    assert same(led(policy, True, reading=reading, model=model), steps)
+    assert same(led(policy, True, compile="aot_eager", model=model), steps)
 
 
 @pytest.fixture

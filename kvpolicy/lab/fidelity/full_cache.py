@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from kvpolicy.architecture import architectures
 from kvpolicy.errors import ModelError, UsageError
 from kvpolicy.lab.dataset import Text
 from kvpolicy.lab.running import Request, encode
+from kvpolicy.patching.checks import decoder_of
 
 AT_ONCE = 1024
 """Tokens that the full cache reads at once."""
@@ -92,7 +94,10 @@ class Body(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.base = model.base_model
+        base = model.base_model
+        if base is model:  # Llama 4 for text
+            base = decoder_of(model, architectures()[model.config.model_type])
+        self.base = base
 
     def forward(self, logits_to_keep: int = 0, **inputs: Any) -> Any:
         """As the model's; hidden states of all places come back whatever is to be kept, for they are small."""
