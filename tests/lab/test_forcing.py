@@ -1,6 +1,8 @@
 """Texts taken layer by layer: what is kept and what comes out is what one step after the other through the model gives,
 for every policy."""
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -241,6 +243,18 @@ def test_what_does_not_fit_is_refused() -> None:
         kept = cache_for(model, prompt=4, max_new_tokens=3)
         with pytest.raises(CacheError, match="planned for 3 generated tokens, has 0, and cannot take 4 more"):
             kept.begin(4, kind=GIVEN)
+
+
+def test_a_cache_goes_with_its_texts() -> None:
+    """And not when the garbage is next collected: a batch's slots are gigabytes."""
+    gc.disable()
+    try:
+        found = led(small("h2o"), True, every=4)
+        kept = weakref.ref(found[1])
+        del found
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_the_full_cache_keeps_all_of_the_mass() -> None:

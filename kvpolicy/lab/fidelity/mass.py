@@ -46,6 +46,7 @@ class Mass:
     def __exit__(self, *error: object) -> None:
         for part in self.parts:
             part.end()
+        self.parts = []  # they know this object, and a cache would be held until the garbage is collected
 
     def add(self, place: int, mass: Tensor) -> None:
         """What one part found [B, K]."""
