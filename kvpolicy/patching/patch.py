@@ -269,7 +269,8 @@ def _change(model: PreTrainedModel, patch: Patch, layers: list[Any], traits: Tra
     recorded = {"format": FORMAT, "name": policy.name, "digest": policy.digest, "yaml": policy.to_yaml()}
     journal.set(model.config, "kv_policy", recorded)
     if traits is not None:
-        journal.before(decoder if model.base_model is model else model.base_model, traits)
+        alone = model.base_model is model and not patch.architecture.image_token  # its decoder may be called by itself
+        journal.before(decoder if alone else model.base_model, traits)
     if patch.architecture.images_see_ahead:
         image = getattr(model.base_model.config, patch.architecture.image_token, None)
         journal.before(model.base_model, TextAlone(image))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import CacheError, PolicyError, UsageError
+from kvpolicy.errors import CacheError, ModelError, PolicyError, UsageError
 from kvpolicy.lab.compare.arms import Arm, bound
 from kvpolicy.lab.fidelity.forcing import Lead
 from kvpolicy.lab.fidelity.full_cache import Body, Forced
 from kvpolicy.lab.fidelity.mass import Mass
-from kvpolicy.lab.fidelity.prompts import Reading
-from kvpolicy.language import Policy, load_policy, shipped_policies
+from kvpolicy.lab.fidelity.prompts import Reading, read
+from kvpolicy.language import Policy, load_policy, loads_policy, shipped_policies
 from kvpolicy.models import load_model
 from kvpolicy.patching import applied, cache_for, compile_report
 from kvpolicy.plan import ModelGeometry
@@ -190,6 +190,22 @@ def test_layers_that_see_what_is_near_go_the_same_way(name: str) -> None:
     assert same(led(policy, True, model=model), steps)
     assert same(led(policy, True, reading=reading, model=model), steps)
     assert same(led(policy, True, compile="aot_eager", model=model), steps)
+
+
+def test_a_model_that_sees_and_has_no_base_is_refused() -> None:
+    with pytest.raises(ModelError, match="load its text model"):
+        Body(random_model("llama4"))
+
+
+def test_special_tokens_are_told_where_the_decoder_is_led_alone() -> None:
+    pools = "{marks: {admit: {tokens: special}}, rest: {admit: all}}"
+    marks = loads_policy(f"kvpolicy: 1\nname: marks\npools: {pools}\n")
+    model = random_model("llama4_text")
+    with applied(model, marks, special_tokens=[int(texts()[0].prompt[3])]):
+        kept = cache_for(model, prompt=(PROMPT - 14, PROMPT), max_new_tokens=NEW, batch=3)
+        with torch.no_grad():
+            read(Body(model), kept, texts())
+        assert kept.stats()["pools"]["marks"]["resident"] == 1
 
 
 @pytest.fixture

@@ -95,8 +95,14 @@ class Body(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         base = model.base_model
-        if base is model:  # Llama 4 for text
-            base = decoder_of(model, architectures()[model.config.model_type])
+        if base is model:  # Llama 4
+            architecture = architectures()[model.config.model_type]
+            if architecture.image_token:
+                raise ModelError(
+                    f"{type(model).__name__} has no base model that reads ids and ends before the output layer, so it "
+                    "cannot be led through texts; load its text model (Llama4ForCausalLM)"
+                )
+            base = decoder_of(model, architecture)
         self.base = base
 
     def forward(self, logits_to_keep: int = 0, **inputs: Any) -> Any:
