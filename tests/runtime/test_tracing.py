@@ -24,7 +24,7 @@ def ended(*threads: threading.Thread) -> bool:
     return not any(thread.is_alive() for thread in threads)
 
 
-def test_a_trace_inside_a_run_waits_for_the_runs_of_others_and_keeps_new_ones_out() -> None:
+def test_a_trace_inside_a_run_waits_for_the_runs_of_others() -> None:
     tracing, order = Tracing(), list[str]()
     other_runs, other_may_end, traces = threading.Event(), threading.Event(), threading.Event()
 
