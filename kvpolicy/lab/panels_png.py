@@ -28,8 +28,8 @@ ROOM = 0.16
 """Of the distance between two places, how far points are moved aside at the most."""
 
 
-def picture(title: str, shown: Sequence[Panel], upright: str) -> bytes:
-    """The picture, as the bytes of a PNG file; ``upright``: what the values are.
+def picture(title: str, shown: Sequence[Panel], upright: str = "", columns: int = COLUMNS) -> bytes:
+    """The picture, as the bytes of a PNG file; ``upright``: what the values are, ``columns``: panels side by side.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -37,11 +37,11 @@ def picture(title: str, shown: Sequence[Panel], upright: str) -> bytes:
     require_matplotlib("a PNG picture")
     from matplotlib.figure import Figure
 
-    columns = min(COLUMNS, len(shown))
-    lines = -(-len(shown) // columns)
+    columns = max(1, min(columns, len(shown)))
+    lines = max(1, -(-len(shown) // columns))
     figure = Figure(figsize=(INCHES * columns + 0.6, 3.9 * lines + 0.9), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    alike = len({(panel.top, panel.shares) for panel in shown}) == 1
+    alike = len({panel.axis for panel in shown}) == 1
     grid = figure.subplots(lines, columns, squeeze=False, sharey=alike).flatten()
     for axes, panel in zip(grid, shown, strict=False):
         _panel(axes, panel)
@@ -52,8 +52,8 @@ def picture(title: str, shown: Sequence[Panel], upright: str) -> bytes:
     for axes in grid[: len(shown)]:
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     wide = INK_INCHES + LETTER_INCHES * max((len(label) for label in handles), default=0)
-    columns = min(4, max(1, int((INCHES * columns + 0.6) / wide)))
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, fontsize=9)
+    keys = min(4, max(1, int((INCHES * columns + 0.6) / wide)))
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=keys, fontsize=9)
     return png(figure)
 
 
@@ -65,16 +65,16 @@ def png(figure: Any) -> bytes:
 
 
 def _panel(axes: Axes, panel: Panel) -> None:
-    unit = 100 if panel.shares else 1
+    high = panel.axis.part
     if panel.full is not None:
-        axes.axhspan(unit * panel.full.low, unit * panel.full.high, color=LINE, alpha=0.35, linewidth=0)
-        axes.axhline(unit * panel.full.value, color=INK, linewidth=1.2, label="full cache")
+        axes.axhspan(high(panel.full.low), high(panel.full.high), color=LINE, alpha=0.35, linewidth=0)
+        axes.axhline(high(panel.full.value), color=INK, linewidth=1.2, label="full cache")
     for line, moved in zip(panel.lines, aside(panel.lines), strict=True):
         x = [point.at + ROOM * moved for point in line.points]
-        y = [unit * point.value for point in line.points]
+        y = [high(point.value) for point in line.points]
         reach = [
-            [unit * (point.value - point.low) for point in line.points],
-            [unit * (point.high - point.value) for point in line.points],
+            [high(point.value) - high(point.low) for point in line.points],
+            [high(point.high) - high(point.value) for point in line.points],
         ]
         axes.errorbar(
             x, y, reach, color=line.colour, marker=MARKS[line.marker], markersize=5, linewidth=1.4, elinewidth=0.9,
@@ -85,7 +85,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.set_xticks(range(len(panel.places)), list(panel.places))
     axes.set_xlabel(panel.across, fontsize=9)
     axes.set_xlim(-0.4, max(1, len(panel.places)) - 0.6)
-    axes.set_ylim(-0.03 * unit * panel.top, 1.05 * unit * panel.top)
-    axes.set_yticks([unit * value for value, _ in panel.ticks], [words for _, words in panel.ticks])
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_yticks([part for part, _ in panel.axis.marks], [words for _, words in panel.axis.marks])
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_axisbelow(True)

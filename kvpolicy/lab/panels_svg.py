@@ -27,8 +27,8 @@ def style() -> str:
 def figure(panel: Panel) -> str:
     """The drawing with its axes; the words are HTML, so that they stay readable however small the drawing."""
     y = "".join(
-        f'<span style="top:{100 * _y(value / panel.top) / HIGH:.1f}%">{escape(words)}</span>'
-        for value, words in reversed(panel.ticks)
+        f'<span style="top:{100 * _y(part) / HIGH:.1f}%">{escape(words)}</span>'
+        for part, words in reversed(panel.axis.marks)
     )
     x = "".join(
         f'<span style="left:{100 * _x(place, panel) / WIDE:.1f}%">{escape(words)}</span>'
@@ -55,19 +55,19 @@ def _key(line: Line) -> str:
 
 
 def _drawn(panel: Panel) -> Iterator[str]:
-    for part in (0.25, 0.5, 0.75):
+    for part, _ in panel.axis.marks[1:-1]:
         yield f'<line class="grid" x1="0" x2="{WIDE}" y1="{_y(part):.1f}" y2="{_y(part):.1f}"/>'
     if panel.full is not None:
-        top, low = _y(panel.full.high / panel.top), _y(panel.full.low / panel.top)
+        top, low = (_y(panel.axis.part(each)) for each in (panel.full.high, panel.full.low))
         yield f'<rect class="band" x="0" width="{WIDE}" y="{top:.1f}" height="{max(0.0, low - top):.1f}"/>'
-        yield f'<path class="full" d="M0 {_y(panel.full.value / panel.top):.1f}H{WIDE}"/>'
+        yield f'<path class="full" d="M0 {_y(panel.axis.part(panel.full.value)):.1f}H{WIDE}"/>'
     for line, moved in zip(panel.lines, aside(panel.lines), strict=True):
         yield f'<g class="ink">{"".join(_line(line, moved, panel))}</g>'
 
 
 def _line(line: Line, moved: float, panel: Panel) -> Iterator[str]:
     def place(point: Point, value: float) -> tuple[float, float]:
-        return _x(point.at + ROOM * moved, panel), _y(value / panel.top)
+        return _x(point.at + ROOM * moved, panel), _y(panel.axis.part(value))
 
     path = "L".join("{:.1f} {:.1f}".format(*place(point, point.value)) for point in line.points)
     yield f'<path class="{"curve control" if line.control else "curve"}" stroke="{line.colour}" d="M{path}"/>'

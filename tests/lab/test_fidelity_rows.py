@@ -1,6 +1,7 @@
 """Fidelity of arms on the texts of a file: rows, how they are taken up again, and what is said of them."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kvpolicy.lab.dataset import Text
 from kvpolicy.lab.fidelity.__main__ import main
 from kvpolicy.lab.fidelity.measuring import Fidelity, Options
 from kvpolicy.lab.fidelity.panels import by_budget, by_place
+from kvpolicy.lab.fidelity.picture import picture
 from kvpolicy.lab.fidelity.report import doubts, entries, table
 from kvpolicy.lab.suites import long_outputs
 from kvpolicy.language import load_policy
@@ -101,6 +103,25 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[:4] == before
     assert len(read(path)) == len(again.rows) == 6
     assert not any("128 of" in line for line in said), "texts that were done ran again"
+
+
+def test_a_policy_has_one_colour_in_all_panels() -> None:
+    order = ["dense", "streaming-llm", "h2o", "window", "tova"]
+    rows = [replace(row, label=label) for label in order for row in measured().rows if row.label == "h2o"]
+    rows = [row for row in rows if row.budget == 24 or row.label != "streaming-llm"]
+    found = entries([replace(row, budget=48, evicted=1) if row.budget is None else row for row in rows])
+    panels = [*by_budget(found), *by_place(found, 24), *by_place(found, 48)]
+    looks = {(line.label, line.colour, line.marker, line.control) for panel in panels for line in panel.lines}
+    assert len(panels) == 9 and {look[0] for look in looks} == set(order[1:]) and len(looks) == 4
+    assert [look[3] for look in looks if look[0] == "window"] == [True]
+
+
+def test_a_picture_says_when_there_is_nothing_to_draw() -> None:
+    shown = by_budget(found := entries(measured().rows))
+    assert all(panel.lines for panel in shown) and len(picture("tiny", found)) > 10_000
+    idle = [entry for entry in found if not entry.worked]
+    assert idle and not by_budget(idle)
+    assert picture("tiny", idle).startswith(b"\x89PNG")
 
 
 def test_another_output_of_the_same_prompt_is_another_row(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from html import escape
 from kvpolicy.lab.compare.arms import FULL
 from kvpolicy.lab.compare.page import listed
 from kvpolicy.lab.compare.report import controls
-from kvpolicy.lab.fidelity.panels import by_budget, by_place
+from kvpolicy.lab.fidelity.panels import budgets_of, by_budget, by_place
 from kvpolicy.lab.fidelity.report import COLUMNS, Entry, doubts, table
 from kvpolicy.lab.panels import Panel
 from kvpolicy.lab.panels_svg import figure, style
@@ -39,7 +39,7 @@ def page(model: str, found: Sequence[Entry], refused: Sequence[str] = (), comman
 <p class="faint">{texts} texts, {places:,} tokens of their outputs</p>
 {listed("Before you believe it", list(doubts(found)))}"""
     sections = [_section("By budget", _beside(by_budget(found)))]
-    for budget in sorted({entry.budget for entry in found if entry.label != FULL}, key=lambda budget: budget or 0):
+    for budget in budgets_of(found):
         named = "at the policies’ own budgets" if budget is None else f"at {budget:,} tokens"
         sections.append(_section(f"Along the output, {named}", _beside(by_place(found, budget))))
     sections.append(_section("All numbers", _table(found)))

@@ -15,7 +15,7 @@ from kvpolicy.lab.bench.measuring import Options as BenchOptions
 from kvpolicy.lab.bench.rows import Row
 from kvpolicy.lab.bench.tables import Table
 from kvpolicy.lab.compare.arms import FULL, Arm
-from kvpolicy.lab.panels import Panel, Point, dressed
+from kvpolicy.lab.panels import Axis, Panel, Point, dressed
 from kvpolicy.lab.suites.base import Experiment, Found, Lab, Rows, Tell, append_row, read_rows
 from kvpolicy.lab.suites.claims import Finding, Word
 
@@ -141,9 +141,10 @@ def _panel(caption: str, curves: Any, lengths: Sequence[int], of: Callable[[dict
         lines.append(dressed(name, number, points))
     top = ceil(2 * max([1.0, *(point.value for line in lines for point in line.points)])) / 2
     places = tuple(f"{length:,}" for length in lengths)
-    full = Point(0, 1.0, 1.0, 1.0)
-    return Panel(caption, f"{caption}; the line: the full cache", places, "tokens of the text", tuple(lines), full, top,
-                 False)  # fmt: skip
+    full, axis = Point(0, 1.0, 1.0, 1.0), Axis(top=top, shares=False)
+    return Panel(
+        caption, f"{caption}; the line: the full cache", places, "tokens of the text", tuple(lines), full, axis
+    )
 
 
 def _table(curves: Any, rows: Rows) -> Table:

@@ -92,7 +92,7 @@ def _suite(told: Outcome) -> Iterator[str]:
             yield f"![{_summary(experiment.title, found)}](evidence/{experiment.name}.png)"
         if found.grid is not None:
             yield markdown(found.grid)
-        elif not (found.panels and found.panels[0].shares):
+        elif not (found.panels and found.panels[0].axis.shares):
             yield from (markdown(each) for each in found.tables)
         if found.findings:
             yield "\n".join(f"- {each.says}: **{each.word}**." for each in found.findings)

@@ -65,8 +65,8 @@ def drawings(folder: Path) -> dict[str, bytes]:
     found, budget = entries(rows), _fullest(rows)
     title = f"{rows[0].model} beside its full cache on long outputs"
     return {
-        BUDGETS: panels_png.picture(title, by_budget(found), ""),
-        PLACES: panels_png.picture(f"{title}, at {budget:,} tokens", by_place(found, budget), ""),
+        BUDGETS: panels_png.picture(title, by_budget(found)),
+        PLACES: panels_png.picture(title, by_place(found, budget)),
     }
 
 
