@@ -16,6 +16,9 @@ from kvpolicy.plan import PoolPlan
 from kvpolicy.scorers.registry import signal
 from kvpolicy.scorers.sight import Leaf, Sight
 
+AT_ONCE = 2**24
+"""Cosines that are there at a time: all of a long prompt would take gigabytes."""
+
 
 @signal("key-norm")
 def key_norm(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
@@ -45,7 +48,7 @@ def key_similarity(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
 
     In the row of each key the newest of those more alike than ``above`` counts nothing, so that of several copies the
     newest looks least redundant and stays. Where hits are ranked over the cache, its other tokens are compared too.
-    O(S^2) in the slots compared.
+    O(S^2) time in the slots compared, some rows at a time.
     """
     state, span = sight.state, sight.state.span(pool)
     everything = leaf.ranks_cache
@@ -53,10 +56,15 @@ def key_similarity(sight: Sight, pool: PoolPlan, leaf: Leaf) -> Tensor:
     resident = position >= 0
     keys = sight.all_keys() if everything else sight.unit_keys(pool)
     directions = F.normalize(keys, dim=-1).masked_fill(~resident[..., None], 0.0)
-    cosines = torch.matmul(directions, directions.transpose(2, 3))
-    cosines.diagonal(dim1=2, dim2=3).zero_()
-    alike = (cosines > float(leaf.args["above"])) & resident[:, :, None]
-    newest = torch.where(alike, position[:, :, None], -1).argmax(-1, keepdim=True)
-    spared = torch.zeros_like(alike).scatter_(-1, newest, alike.gather(-1, newest))
-    redundancy = cosines.masked_fill(spared, 0.0).sum(2) / resident.sum(-1, keepdim=True).clamp(min=1)
+    age = position.int()[:, :, None]
+    total = torch.zeros(position.shape, device=keys.device)
+    rows = max(1, AT_ONCE // position.numel())
+    for start in range(0, position.shape[2], rows):
+        cosines = torch.matmul(directions[:, :, start : start + rows], directions.transpose(2, 3))
+        cosines.diagonal(offset=start, dim1=2, dim2=3).zero_()
+        alike = (cosines > float(leaf.args["above"])) & resident[:, :, None]
+        newest = torch.where(alike, age, -1).argmax(-1, keepdim=True)
+        spared = cosines.gather(-1, newest).masked_fill(alike.gather(-1, newest), 0.0)
+        total = total + cosines.scatter_(-1, newest, spared).sum(2)
+    redundancy = total / resident.sum(-1, keepdim=True).clamp(min=1)
     return state.page_max(pool, redundancy[:, :, span] if everything else redundancy)

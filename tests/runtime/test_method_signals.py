@@ -1,4 +1,4 @@
-"""The torch recipes of Keyformer's, Scissorhands' and LagKV's signals beside the oracle's, under a few settings."""
+"""Torch recipes of signals that other methods brought, beside the oracle's, in a few settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvpolicy.scorers import keys
 from kvpolicy.testing.scorers import check_scorer
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -26,3 +27,9 @@ CASES = [(name, setting) for name in ARGUMENTS for setting in (*EACH, *(LOOKING 
 @pytest.mark.parametrize(("name", "setting"), CASES)
 def test_the_runtime_keeps_what_the_oracle_keeps(name: str, setting: str) -> None:
     assert check_scorer(name, setting, **ARGUMENTS[name]) > 0
+
+
+@pytest.mark.parametrize("setting", EACH)
+def test_cosines_go_some_rows_at_a_time(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "AT_ONCE", 200)
+    assert check_scorer("key-similarity", setting, above=0.1) > 0
