@@ -72,6 +72,12 @@ def test_all_right_is_not_certain() -> None:
         interval([])
 
 
+def test_what_holds_more_than_its_budget_is_named() -> None:
+    given = [*FULL, *rows("quest", 20, 9, held=90), *rows("quest", 40, 9, held=90), *rows("h2o", 20, 9)]
+    (said,) = (line for line in told(given)[1].splitlines() if "holds more" in line)
+    assert said.startswith("copy: quest holds") and said.endswith(": 90 tokens at 20, 90 tokens at 40")
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
 def test_intervals_hold_the_true_share(spread: float) -> None:
     """Of 400 drawn samples, whether answers of an item go together or not, at least 91 % hold it."""

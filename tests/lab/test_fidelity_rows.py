@@ -75,6 +75,8 @@ def test_the_report_holds_arms_against_the_full_cache() -> None:
     assert full.said["mass"]["value"] == pytest.approx(1, abs=1e-6)
     assert small.said["mass"]["low"] < small.said["mass"]["value"] < 0.9
     assert any("h2o never evicted" in doubt for doubt in doubts(list(found.values())))
+    assert any("h2o holds more" in doubt and "30 tokens at 24" in doubt for doubt in doubts([replace(small, held=30)]))
+    assert not any("holds more" in doubt for doubt in doubts(list(found.values())))
     lines = {line[:2]: line for line in table([full, small, large])}
     assert lines["h2o", "–"][3] == "never evicted"
     assert lines["h2o", "24"][4].endswith("%)")

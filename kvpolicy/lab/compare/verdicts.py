@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-from kvpolicy.lab.compare.arms import FULL
+from kvpolicy.lab.compare.arms import FULL, beyond
 from kvpolicy.lab.compare.report import Entry, Report, against, controls
 from kvpolicy.lab.compare.rows import Row
 
@@ -26,6 +26,8 @@ def verdicts(report: Report, rows: Sequence[Row]) -> Iterator[str]:
         of_task = [row for row in rows if row.task == task]
         yield from _of_the_task(entries[0], report.chance[task])
         yield from _idle(entries)
+        for each in beyond((entry.label, entry.budget, entry.held) for entry in entries):
+            yield f"{task}: {each}"
         yield from _ends(entries, "cut off before all was answered", lambda entry: entry.truncated)
         yield from _ends(entries, "going round in circles", lambda entry: entry.looped)
         for label in dict.fromkeys(entry.label for entry in entries if entry.label != FULL):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpolicy.errors import UsageError
-from kvpolicy.lab.compare.arms import FULL
+from kvpolicy.lab.compare.arms import FULL, beyond
 from kvpolicy.lab.compare.rows import Row
 from kvpolicy.lab.fidelity.forcing import BLOCK, MASS, MEASURES
 from kvpolicy.lab.fidelity.measuring import TASK
@@ -118,6 +118,7 @@ def doubts(found: Sequence[Entry]) -> Iterator[str]:
             yield f"{entry.name} never evicted anything: its numbers are the full cache's, and say nothing of it"
         elif entry.worked < texts:
             yield f"{entry.name} did nothing in {texts - entry.worked} of {texts} texts"
+    yield from beyond((entry.label, entry.budget, entry.held) for entry in found)
     if found and found[0].said["texts"] < FEW:
         yield f"{found[0].said['texts']} texts: intervals say how these vary, and little of others"
     if len({entry.said["places"] for entry in found}) > 1:
