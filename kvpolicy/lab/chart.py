@@ -64,6 +64,11 @@ def chart(simulations: Sequence[Simulation], title: str) -> bytes:
             mass.set_ylabel("attention kept")
     figure.align_ylabels(grid[:, 0])
     figure.legend(handles=list(_legend(simulations)), loc="outside lower center", ncols=min(3, 1 + columns), fontsize=9)
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as the bytes of a file; equal figures are equal files."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvpolicy.lab.chart import DPI, require_matplotlib
+from kvpolicy.lab.chart import DPI, png, require_matplotlib
 from kvpolicy.lab.palette import INK, LINE
 from kvpolicy.lab.panels import Panel, aside
 
@@ -55,13 +54,6 @@ def picture(title: str, shown: Sequence[Panel], upright: str = "", columns: int 
     keys = min(4, max(1, int((INCHES * columns + 0.6) / wide)))
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=keys, fontsize=9)
     return png(figure)
-
-
-def png(figure: Any) -> bytes:
-    """A matplotlib figure as the bytes of a file; equal figures are equal files."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
 
 
 def _panel(axes: Axes, panel: Panel) -> None:

@@ -118,7 +118,7 @@ def test_a_policy_has_one_colour_in_all_panels() -> None:
     assert [look[3] for look in looks if look[0] == "window"] == [True]
 
 
-def test_a_picture_says_when_there_is_nothing_to_draw() -> None:
+def test_there_is_a_picture_even_where_nothing_was_dropped() -> None:
     shown = by_budget(found := entries(measured().rows))
     assert all(panel.lines for panel in shown) and len(picture("tiny", found)) > 10_000
     idle = [entry for entry in found if not entry.worked]

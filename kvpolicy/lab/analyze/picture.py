@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from kvpolicy.lab.analyze.facts import OUTPUT, PARTS, PROMPT
 from kvpolicy.lab.analyze.rules import JUDGED
 from kvpolicy.lab.analyze.summary import Analysis, survival
-from kvpolicy.lab.chart import DPI, require_matplotlib
+from kvpolicy.lab.chart import DPI, png, require_matplotlib
 from kvpolicy.lab.palette import CLASSES, INK, LINE
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ def picture(analysis: Analysis) -> bytes:
     words = {"window": "new (tokens: local)", "rest": "other (tokens: lazy)"}
     handles = [Patch(facecolor=CLASSES[name], label=words.get(name, name)) for name in PARTS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(PARTS), fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _heads(axes: Axes, analysis: Analysis) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.lab.bench.rows import Capacity, Growth, Report, Row
-from kvpolicy.lab.chart import DPI, require_matplotlib
+from kvpolicy.lab.chart import DPI, png, require_matplotlib
 from kvpolicy.lab.palette import INK, LINE, SHADES
 
 if TYPE_CHECKING:
@@ -47,9 +46,7 @@ def picture(report: Report) -> bytes:
     figure.suptitle(f"{report.model} on {report.device}", fontsize=11)
     for axes, (_, draw) in zip(_stack(figure, heights), panels, strict=False):
         draw(axes)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return png(figure)
 
 
 def _stack(figure: Any, heights: Sequence[float]) -> list[Axes]:

@@ -7,7 +7,7 @@ alone holds all that is generated: where that leaves nothing of the budget, it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvpolicy.errors import PolicyError, UsageError
@@ -137,18 +137,6 @@ def works(plan: Plan) -> bool:
 def cuts_prompts_alone(plan: Plan) -> bool:
     """Whether all that is generated stays, so that only a prompt can be held to a budget."""
     return not any(pool.evicts and "generated" in pool.admits for pool in _pools(plan))
-
-
-def beyond(told: Iterable[tuple[str, int | None, int]]) -> Iterator[str]:
-    """A sentence for each label that holds more than its budget, of (label, budget, held): it is no match for others of
-    the same budget."""
-    found: dict[str, dict[int, int]] = {}
-    for label, budget, held in told:
-        if budget is not None and held > budget:
-            found.setdefault(label, {})[budget] = held
-    for label, holds in found.items():
-        places = ", ".join(f"{held:,} tokens at {budget:,}" for budget, held in holds.items())
-        yield f"{label} holds more than its budget, which is of what it reads or of its prompt alone: {places}"
 
 
 def selects(plan: Plan) -> bool:

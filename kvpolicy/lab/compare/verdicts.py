@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from kvpolicy.lab.compare.arms import FULL, beyond
+from kvpolicy.lab.compare.arms import FULL
 from kvpolicy.lab.compare.report import Entry, Report, against, controls
 from kvpolicy.lab.compare.rows import Row
 
@@ -68,6 +68,18 @@ def _idle(entries: Sequence[Entry]) -> Iterator[str]:
                 f"{entry.task}: {entry.name} was at work in {entry.worked} of {entry.items} texts; the others were too "
                 "short"
             )
+
+
+def beyond(told: Iterable[tuple[str, int | None, int]]) -> Iterator[str]:
+    """A sentence for each label that holds more than its budget, of (label, budget, held): it is no match for others of
+    the same budget."""
+    found: dict[str, dict[int, int]] = {}
+    for label, budget, held in told:
+        if budget is not None and held > budget:
+            found.setdefault(label, {})[budget] = held
+    for label, holds in found.items():
+        places = ", ".join(f"{held:,} tokens at {budget:,}" for budget, held in holds.items())
+        yield f"{label} holds more than its budget, which is of what it reads or of its prompt alone: {places}"
 
 
 def _ends(entries: Sequence[Entry], what: str, count: Callable[[Entry], int]) -> Iterator[str]:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpolicy.errors import UsageError
-from kvpolicy.lab.compare.arms import FULL, beyond
+from kvpolicy.lab.compare.arms import FULL
 from kvpolicy.lab.compare.rows import Row
+from kvpolicy.lab.compare.verdicts import beyond
 from kvpolicy.lab.fidelity.forcing import BLOCK, MASS, MEASURES
 from kvpolicy.lab.fidelity.measuring import TASK
 from kvpolicy.lab.fidelity.summary import Blocks, summary

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from kvpolicy.lab import panels_png
 from kvpolicy.lab.bench.tables import Table
-from kvpolicy.lab.chart import DPI, require_matplotlib
+from kvpolicy.lab.chart import DPI, png, require_matplotlib
 from kvpolicy.lab.compare.page import listed
 from kvpolicy.lab.drawing import WIDE, svg
 from kvpolicy.lab.palette import GONE, INK, PAPER, SHADES
@@ -151,4 +151,4 @@ def heat_picture(title: str, heats: Sequence[Heat]) -> bytes:
         axes.set_xlabel("step", fontsize=9)
     grid[0].set_ylabel("token, % of the text (dashed: the prompt ends)", fontsize=9)
     chart.colorbar(shown, ax=list(grid), label="held, of layers and heads", shrink=0.9)
-    return panels_png.png(chart)
+    return png(chart)

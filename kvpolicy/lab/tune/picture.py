@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvpolicy.lab.chart import DPI, require_matplotlib
+from kvpolicy.lab.chart import DPI, png, require_matplotlib
 from kvpolicy.lab.palette import INK, LINE, SHADES
 from kvpolicy.lab.tune.goal import Tried
 from kvpolicy.lab.tune.search import Tuning
@@ -42,9 +41,7 @@ def picture(run: Tuning) -> bytes:
     if known:
         _order(panels[1], run, known)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _front(axes: Axes, run: Tuning) -> None:
