@@ -1,12 +1,13 @@
 """Every shipped policy at three sizes, and which of them the expensive tests take. No list here is kept by hand.
 
 A policy is small as its own YAML tests make it small; roomy and smallest sizes are found by asking plans. Tests whose
-cost is a second or so a policy run on ``COVER`` alone, and on the others in the slow run: see ``thorough``.
+cost is a second or so a policy run on ``COVER`` alone, or on ``SHAPES`` where how tokens are scored cannot matter, and
+on the others in the slow run: see ``thorough``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import cache
 from itertools import product
@@ -205,9 +206,14 @@ def scorer_features(scorer: ScorerPlan) -> Iterator[str]:
         yield f"memory {leaf.memory[0]}"
 
 
-def cover(names: Iterable[str]) -> list[str]:
+def unscored(plan: Plan) -> frozenset[str]:
+    """The words for pools, stores, budgets and cadences: all that meets what goes on around a step."""
+    return frozenset(word for word in features(plan) if not word.startswith(("pool: at ", "pool: read ")))
+
+
+def cover(names: Iterable[str], words: Callable[[Plan], frozenset[str]]) -> list[str]:
     """Few policies that show between them everything that any of them shows: the greedy choice."""
-    shown = {name: features(plan_of(tight(name), (5, 24), 40)) for name in names}
+    shown = {name: words(plan_of(tight(name), (5, 24), 40)) for name in names}
     missing, chosen = frozenset().union(*shown.values()), []
     while missing:
         best = max(shown, key=lambda name: (len(shown[name] & missing), name))
@@ -216,12 +222,14 @@ def cover(names: Iterable[str]) -> list[str]:
     return sorted(chosen)
 
 
-COVER = cover(NAMES)
+COVER = cover(NAMES, features)
+SHAPES = cover(NAMES, unscored)
+"""For what surrounds a step: loops, copies, recorded steps, buckets of lengths, a cache that drops nothing."""
 
 
-def thorough(names: Iterable[str] = NAMES) -> list[Any]:
-    """The names as parameters, those outside ``COVER`` for the slow run only."""
-    return [name if name in COVER else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def thorough(names: Iterable[str] = NAMES, among: Iterable[str] = COVER) -> list[Any]:
+    """The names as parameters, those outside ``among`` for the slow run only."""
+    return [name if name in among else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def spread(names: Iterable[str], others: Iterable[Any], among: Iterable[str] | None = None) -> list[Any]:

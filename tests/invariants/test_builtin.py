@@ -9,7 +9,7 @@ import torch
 import kvpolicy
 from kvpolicy.models import load_model
 from kvpolicy.testing.live import LiveAgreement
-from tests.invariants.policies import EVICTING, NAMES, evicts, plan_of, roomy, thorough, tight
+from tests.invariants.policies import EVICTING, NAMES, SHAPES, evicts, plan_of, roomy, thorough, tight
 
 TEXT = (
     "The harbour master kept three ledgers. In the first she wrote the names of ships, in the second the weather, and "
@@ -61,7 +61,7 @@ def test_tiny_keeps_what_the_oracle_keeps_on_its_own_text(name: str, tiny: tuple
     assert live.cache.bytes == live.cache.plan.bytes
 
 
-@pytest.mark.parametrize("name", thorough())
+@pytest.mark.parametrize("name", thorough(among=SHAPES))
 def test_tiny_with_room_for_everything_writes_the_same(name: str, tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     ids = prompt_ids(tokenizer, "hum owl red tin sky fog hum hum hum owl", 24)
@@ -103,7 +103,7 @@ def own_logits(smollm2: tuple[Any, Any]) -> torch.Tensor:
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("name", thorough())
+@pytest.mark.parametrize("name", thorough(among=SHAPES))
 def test_smollm2_with_room_for_everything_has_its_own_logits(
     name: str, smollm2: tuple[Any, Any], own_logits: torch.Tensor
 ) -> None:

@@ -8,7 +8,7 @@ import kvpolicy
 from kvpolicy.architecture import architectures
 from kvpolicy.testing.live import LiveAgreement
 from kvpolicy.testing.models import random_model
-from tests.invariants.policies import EVICTING, NAMES, drops, roomy, smallest, spread, thorough, tight
+from tests.invariants.policies import COVER, EVICTING, NAMES, drops, roomy, smallest, spread, thorough, tight
 
 FAMILIES = sorted(name for name, family in architectures().items() if not family.images_see_ahead)
 """Prompts here are any ids, those of images among them."""
@@ -90,7 +90,7 @@ def test_permuted_rows_give_permuted_results(name, ragged):
         assert kept[1].equal(kept[0][order])
 
 
-@pytest.mark.parametrize(("name", "dtype"), spread(NAMES, [torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize(("name", "dtype"), spread(NAMES, [torch.bfloat16, torch.float16], COVER))
 def test_short_floats_stay_finite_and_within_the_plan(name, dtype, ragged):
     ids, mask = ragged
     model = kvpolicy.apply(random_model(dtype=dtype), tight(name))
@@ -113,7 +113,7 @@ def test_a_policy_that_never_fired_says_so(name):
     assert not kvpolicy.cache_for(small, prompt=24, max_new_tokens=STEPS).plan.never_fires
 
 
-@pytest.mark.parametrize(("name", "heads"), spread(NAMES, [(4, 2), (1, 1)]))
+@pytest.mark.parametrize(("name", "heads"), spread(NAMES, [(4, 2), (1, 1)], COVER))
 def test_the_smallest_sizes_work(name, heads):
     model = random_model(num_attention_heads=heads[0], num_key_value_heads=heads[1])
     kvpolicy.apply(model, smallest(name))

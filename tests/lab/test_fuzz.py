@@ -27,7 +27,7 @@ from kvpolicy.testing.strategies.texts import draw_text
 PARTS = 4
 
 
-@pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, PARTS))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
 def test_runtime_and_oracle_agree_on_random_cases(part: int) -> None:
     found = search(Chunk(first=part * 80, count=80, seed=0))
     assert not found.failures, found.failures[0]

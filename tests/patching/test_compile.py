@@ -15,6 +15,8 @@ from kvpolicy.patching import apply, cache_for, compile_report, patch_of, remove
 from kvpolicy.runtime.compiling import CompileReport, StepCompiler
 from kvpolicy.runtime.decode import decode_loop
 from kvpolicy.runtime.unchanged import Unchanged
+from tests.invariants.policies import spread
+from tests.patching.conftest import FAMILIES
 
 KINDS = {"everything": 1, "window": 1, "scored": 2, "paged": 2}
 
@@ -26,7 +28,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("family", "name"), spread(FAMILIES, KINDS))
 def test_one_graph_per_kind_of_step(build, family, policies, padded, greedy, name):
     model = apply(build(family), policies[name])
     expected = model.generate(**padded, **greedy)

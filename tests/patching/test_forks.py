@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from kvpolicy import CacheError, UsageError, load_cache
 from kvpolicy.patching import apply, cache_for, remove
-from tests.invariants.policies import thorough, tight
+from tests.invariants.policies import SHAPES, thorough, tight
 
 
 def read(model, prompt, **kwargs):
@@ -35,7 +35,7 @@ def same(one, other):
     return torch.equal(one[0], other[0]) and all(map(torch.equal, one[1], other[1]))
 
 
-@pytest.mark.parametrize("name", thorough())
+@pytest.mark.parametrize("name", thorough(among=SHAPES))
 def test_a_fork_goes_on_as_if_it_had_read_the_prompt_itself(build, padded, name, tmp_path):
     """Copied, deep-copied and from disk; and the cache they come from stays where it was."""
     model = apply(build(), tight(name))

@@ -10,7 +10,7 @@ from kvpolicy.language import load_policy
 from kvpolicy.patching import apply, compile_report, patch_of, remove
 from kvpolicy.patching.lengths import SHARED, bucket
 from kvpolicy.runtime.compiling import CompileReport
-from tests.invariants.policies import COVER, NAMES, roomy, spread, tight
+from tests.invariants.policies import NAMES, SHAPES, roomy, spread, tight
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_every_length_of_a_bucket_has_that_bucket(length):
         assert bucket((other, other)) == (low, high)
 
 
-@pytest.mark.parametrize(("name", "sized"), spread(NAMES, [tight, roomy], COVER))
+@pytest.mark.parametrize(("name", "sized"), spread(NAMES, [tight, roomy], SHAPES))
 def test_a_new_prompt_length_compiles_nothing(build, name, sized, fresh_dynamo):
     model = apply(build(), sized(name), compile="eager")
     lengths = [length for length in (5, 17, 33, 46, 128) if fits(model, length)]

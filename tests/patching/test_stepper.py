@@ -31,7 +31,7 @@ from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.moment import PLAIN, UPDATE
 from kvpolicy.runtime.stepping import Stepper
 from kvpolicy.runtime.waiting import HostWaited, no_waiting
-from tests.invariants.policies import COVER, NAMES, UPDATING, drops, spread, thorough, tight
+from tests.invariants.policies import NAMES, SHAPES, UPDATING, drops, spread, thorough, tight
 from tests.patching.tape import TapeRecorder
 
 STEPS = 100
@@ -71,7 +71,7 @@ def prompted(model, padded):
     return cache, positions[:, -1:] + 1
 
 
-@pytest.mark.parametrize("name", thorough())
+@pytest.mark.parametrize("name", thorough(among=SHAPES))
 def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
     """Tokens in, logits out, both halves of every clock, the kind of every step and all that a cache holds."""
     model = apply(build(), tight(name))
@@ -110,7 +110,7 @@ def test_replayed_steps_are_the_eager_ones(build, padded, name, monkeypatch):
     assert taped.stats()["evicted"] > 0 or not drops(taped.plan)
 
 
-@pytest.mark.parametrize(("name", "settings"), spread(NAMES, CHOICES, COVER))
+@pytest.mark.parametrize(("name", "settings"), spread(NAMES, CHOICES, SHAPES))
 def test_a_loop_over_recorded_steps_says_what_generate_says(build, padded, name, settings, monkeypatch):
     """Chosen inside the recorded step: the same draws, rows that end on their own, and no question in between."""
     model = apply(build(), tight(name))
@@ -203,7 +203,7 @@ def test_a_planted_question_is_caught(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), spread(NAMES, [{}, {"do_sample": True}, {"repetition_penalty": 1.3}], COVER)
+    ("name", "settings"), spread(NAMES, [{}, {"do_sample": True}, {"repetition_penalty": 1.3}], SHAPES)
 )
 def test_no_step_asks_the_device_anything(build, padded, name, settings, monkeypatch):
     """Opening the pass, the model, both kinds of update, choosing inside or after the step: no look at a tensor."""

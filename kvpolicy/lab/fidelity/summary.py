@@ -16,6 +16,7 @@ import numpy as np
 
 REPEATS = 1000
 LEVEL = 0.95
+AT_ONCE = 2**20  # blocks drawn at once: one resampling after the other took minutes for a page, all of them gigabytes
 
 
 @dataclass(frozen=True)
@@ -70,28 +71,37 @@ def estimate(blocks: Blocks, measure: str, *, seed: int = 0) -> Estimate:
     if not count.sum():
         raise ValueError("there are no places to take a mean of")
     rng = np.random.default_rng(seed)
-    texts, length = len(count), (count > 0).sum(1)
-    means = np.empty(REPEATS)
-    for repeat in range(REPEATS):
-        rows = rng.integers(texts, size=texts)
-        chosen = np.floor(rng.random((texts, count.shape[1])) * length[rows, None]).astype(int)
-        there = np.arange(count.shape[1]) < length[rows, None]
-        picked = count[rows[:, None], chosen] * there
-        means[repeat] = (total[rows[:, None], chosen] * there).sum() / picked.sum()
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    each = max(1, AT_ONCE // count.size)
+    parts = [_resampled(count, total, min(each, REPEATS - done), rng) for done in range(0, REPEATS, each)]
+    low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = total.sum() / count.sum()
     return Estimate(float(value), float(min(low, value)), float(max(high, value)))
 
 
+def _resampled(count: np.ndarray, total: np.ndarray, repeats: int, rng: np.random.Generator) -> np.ndarray:
+    """Means [repeats] over texts drawn anew, each with as many of its own blocks as it has, drawn anew as well."""
+    texts, blocks = count.shape
+    rows = rng.integers(texts, size=(repeats, texts, 1))
+    length = (count > 0).sum(1)[rows]
+    chosen = rows * blocks + (rng.random((repeats, texts, blocks)) * length).astype(int)
+    there = np.arange(blocks) < length
+    sums = [np.where(there, values.ravel()[chosen], 0).sum((1, 2)) for values in (total, count)]
+    return sums[0] / sums[1]
+
+
 def curve(blocks: Blocks, measure: str, *, points: int = 10, seed: int = 0) -> list[tuple[int, int, Estimate]]:
     """(first place, last place + 1, mean) along the output in ``points`` equal parts, of the texts that reach there."""
+    return [(*place, estimate(part, measure, seed=seed)) for place, part in _parts(blocks, points)]
+
+
+def _parts(blocks: Blocks, points: int) -> list[tuple[tuple[int, int], Blocks]]:
+    """((first place, last place + 1), the blocks there) of each part of the output."""
     columns = blocks.count.shape[1]
     edges = np.unique(np.linspace(0, columns, min(points, columns) + 1).round().astype(int))
     found = []
     for start, stop in pairwise(edges.tolist()):
         part = blocks.part(start, stop)
-        last = start * blocks.size + int(part.count.sum(1).max())
-        found.append((start * blocks.size, last, estimate(part, measure, seed=seed)))
+        found.append(((start * blocks.size, start * blocks.size + int(part.count.sum(1).max())), part))
     return found
 
 
@@ -101,14 +111,16 @@ def summary(blocks: Blocks, mass: Blocks | None = None, *, points: int = 10) -> 
     said = {name: estimate(blocks, name).to_dict() for name in ("kl", "top1")}
     for name, measure in (("perplexity", "nll"), ("full_perplexity", "full_nll")):
         said[name] = estimate(blocks, measure).mapped(math.exp).to_dict()
-    curves = {name: _curve(blocks, blocks, name, points) for name in ("kl", "top1")}
+    places = [place for place, _ in _parts(blocks, points)]
+    curves = {name: _curve(places, curve(blocks, name, points=points)) for name in ("kl", "top1")}
     if mass is not None:
         said["mass"] = estimate(mass, "mass").to_dict()
-        curves["mass"] = _curve(blocks, mass, "mass", points)
+        curves["mass"] = _curve(places, curve(mass, "mass", points=points))  # measured at some of these places
     return {"texts": len(blocks.count), "places": int(blocks.count.sum()), **said, "curves": curves}
 
 
-def _curve(blocks: Blocks, measured: Blocks, name: str, points: int) -> list[dict[str, float]]:
-    """A curve of what was measured, at some of the places of ``blocks`` perhaps."""
-    found = zip(curve(blocks, "kl", points=points), curve(measured, name, points=points), strict=True)
-    return [{"from": start, "to": stop, **there.to_dict()} for (start, stop, _), (_, _, there) in found]
+def _curve(places: list[tuple[int, int]], found: list[tuple[int, int, Estimate]]) -> list[dict[str, float]]:
+    return [
+        {"from": start, "to": stop, **there.to_dict()}
+        for (start, stop), (_, _, there) in zip(places, found, strict=True)
+    ]

@@ -54,17 +54,11 @@ def _made(told: dict[str, Outcome]) -> str:
     lines = []
     for name, each in told.items():
         about = each.about
-        machine = about["machine"]
         lines.append(
-            f"- `{about['command']}`: {origin(about)}, {machine['device']}, {plural(machine['threads'], 'thread')}, "
-            f"Python {machine['python']}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time at least (rows in "
-            f"[evidence/{name}](evidence/{name}))"
+            f"- `{about['command']}`: {origin(about)}; {about['cpu_seconds'] / 60:,.0f} minutes of processor time at "
+            f"least (rows in [evidence/{name}](evidence/{name}))"
         )
     return "\n".join(lines)
-
-
-def plural(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _claims(told: dict[str, Outcome]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
+from typing import Any
 
 from kvpolicy.lab import panels_png
 from kvpolicy.lab.bench.tables import Table
@@ -47,14 +48,20 @@ def page(told: Outcome) -> str:
 
 def origin(about: dict[str, object]) -> str:
     """Where the numbers come from."""
-    known = about["versions"]
-    assert isinstance(known, dict)
-    made = ", ".join(f"{name} {version}" for name, version in known.items())
+    machines = about["machines"]
+    assert isinstance(machines, list)
     return (
         f"{about['model']}, {about['dtype']} on {about['device']}, task {about['task']}: {about['items']} items of "
         f"{about['size']} words, prompts of up to {about['prompt']} tokens and {about['limit']} new ones, seed "
-        f"{about['seed']}, greedy; {made}; {about['date']}"
+        f"{about['seed']}, greedy; {'; '.join(map(_machine, machines))}"
     )
+
+
+def _machine(told: Mapping[str, Any]) -> str:
+    """A machine and what ran on it, with the date of its last rows."""
+    known = ", ".join(f"{name} {told[name]}" for name in ("kvpolicy", "torch", "transformers"))
+    threads = f"{told['threads']} thread{'' if told['threads'] == 1 else 's'}"
+    return f"{known}, Python {told['python']}, {told['device']}, {threads}, {told['date'].partition(' ')[0]}"
 
 
 def _section(experiment: Experiment, found: Found, refused: Sequence[str]) -> str:

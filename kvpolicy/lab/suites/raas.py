@@ -29,10 +29,10 @@ def compared(lab: Lab) -> Sequence[Arm]:
 
 
 def around_the_prompt(lab: Lab) -> Sequence[Arm]:
-    """Budgets from a third of the prompt to twice its size, with the two ways out that are shipped."""
+    """Budgets from a third of the prompt to twice its size, one of them a page short of it, with the two ways out."""
     page = lab.page
     sizes = {max(2, round(lab.prompt * share / page)) * page for share in (1 / 3, 2 / 3)}
-    sizes |= {(-(-lab.prompt // page) + more) * page for more in (2, 4, 8)}
+    sizes |= {(-(-lab.prompt // page) + more) * page for more in (-1, 2, 4, 8)}
     budgets = sorted(size for size in sizes if size < lab.prompt + lab.new - 1)
     names = ("raas", "raas-as-coded", "raas-compressed-prompt", "quest-raas")
     return [full(), *(arm(lab, name, budget) for name in names for budget in budgets)]

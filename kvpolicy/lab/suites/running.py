@@ -6,14 +6,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import UsageError
 from kvpolicy.lab.bench.environment import environment
-from kvpolicy.lab.compare.running import versions
 from kvpolicy.lab.suites.base import Experiment, Found, Lab, Suite, Tell, read_rows
 from kvpolicy.language.vocabulary import nearest
 
@@ -101,21 +99,35 @@ def run(
         KvpolicyError: an experiment cannot run at all.
     """
     about = taken_up(folder, suite, lab)
-    began, cpu = time.perf_counter(), time.process_time()
-    experiments = chosen(suite, only)
-    for experiment in experiments:
-        path = file_of(experiment, folder)
-        known = [file_of(each, folder) for each in suite.experiments if each is not experiment and each.same is None]
-        known += beside
-        refused = experiment.measure(lab, path, [each for each in known if _like_compare(each)], tell)
-        if refused or experiment.same is None:
-            about["refused"][experiment.name] = refused
-    about["seconds"] = round(about["seconds"] + time.perf_counter() - began, 1)
-    about["cpu_seconds"] = round(about["cpu_seconds"] + time.process_time() - cpu, 1)
-    about |= {"date": datetime.now(UTC).date().isoformat(), "command": command, "items": lab.options.count}
+    about |= {"command": command, "items": lab.options.count}
     about["budgets"] = sorted({*about["budgets"], *lab.budgets})
-    _write(folder / ABOUT, about)
+    began, cpu, held = time.perf_counter(), time.process_time(), _held(folder)
+    experiments = chosen(suite, only)
+    try:
+        for experiment in experiments:
+            path = file_of(experiment, folder)
+            known = [file_of(each, folder) for each in suite.experiments if each is not experiment and not each.same]
+            known += beside
+            refused = experiment.measure(lab, path, [each for each in known if _like_compare(each)], tell)
+            if refused or experiment.same is None:
+                about["refused"][experiment.name] = refused
+    finally:  # what a run that is cut short has measured stays, and may be gone on with elsewhere
+        about["seconds"] = round(about["seconds"] + time.perf_counter() - began, 1)
+        about["cpu_seconds"] = round(about["cpu_seconds"] + time.process_time() - cpu, 1)
+        if _held(folder) != held:
+            about["machines"] = _joined(about["machines"], machine(lab))
+        _write(folder / ABOUT, about)
     return outcome(suite, folder)
+
+
+def _held(folder: Path) -> int:
+    """Bytes of rows."""
+    return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+
+
+def _joined(machines: Sequence[dict[str, Any]], this: dict[str, Any]) -> list[dict[str, Any]]:
+    """All machines that rows were made on, each with the date of its last ones."""
+    return [*(each for each in machines if each | {"date": this["date"]} != this), this]
 
 
 def _like_compare(path: Path) -> bool:
@@ -164,8 +176,8 @@ def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
         "kvpolicy_suite": 1, "suite": suite.name, "model": lab.name,
         "dtype": str(lab.model.dtype).removeprefix("torch."), "task": lab.task.name,
         "size": lab.task.size if options.size is None else options.size, "seed": options.seed, "limit": lab.new,
-        "prompt": lab.prompt, "page_size": lab.page, "device": str(lab.model.device), "versions": versions(),
-        "machine": machine(lab), "budgets": [], "seconds": 0.0, "cpu_seconds": 0.0, "refused": {},
+        "prompt": lab.prompt, "page_size": lab.page, "device": str(lab.model.device),
+        "machines": [], "budgets": [], "seconds": 0.0, "cpu_seconds": 0.0, "refused": {},
     }  # fmt: skip
     if not (folder / ABOUT).exists():
         try:
@@ -181,7 +193,7 @@ def taken_up(folder: Path, suite: Suite, lab: Lab) -> dict[str, Any]:
                 f"{folder} holds another run: its {name} is {before.get(name)}, and now {now[name]}; give another "
                 "folder with --output"
             )
-    kept = ("budgets", "seconds", "cpu_seconds", "refused")
+    kept = ("machines", "budgets", "seconds", "cpu_seconds", "refused")
     return now | {name: before[name] for name in kept}
 
 

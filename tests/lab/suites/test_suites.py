@@ -14,15 +14,15 @@ from kvpolicy.lab.compare.arms import FULL, arms
 from kvpolicy.lab.compare.rows import Row
 from kvpolicy.lab.compare.running import Options
 from kvpolicy.lab.fidelity.full_cache import Forced
-from kvpolicy.lab.suites import evidence, kept, raas
+from kvpolicy.lab.suites import evidence, kept, raas, running
 from kvpolicy.lab.suites.accuracy import BUDGETS, Accuracy, Axis, Claim, Marks
 from kvpolicy.lab.suites.arms import arm, quest, series
 from kvpolicy.lab.suites.base import Lab
 from kvpolicy.lab.suites.claims import Kind, Word
 from kvpolicy.lab.suites.cost import Cost
-from kvpolicy.lab.suites.page import page, pictures
+from kvpolicy.lab.suites.page import origin, page, pictures
 from kvpolicy.lab.suites.places import by_place
-from kvpolicy.lab.suites.running import SUITES, file_of, outcome, run, suite_named
+from kvpolicy.lab.suites.running import SUITES, Outcome, file_of, outcome, run, suite_named
 from kvpolicy.lab.tasks.registry import task_named
 from kvpolicy.models import load_model
 
@@ -68,6 +68,29 @@ def test_lengths_and_budgets_are_those_of_the_task(lab: Lab) -> None:
     assert arm(lab, "raas", 28, page_size=2, touch="10%").given == {"page_size": "2", "touch": "10%"}
 
 
+def test_every_machine_that_made_rows_is_named(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a run that was cut short stay, so who goes on elsewhere must not say that all are its own."""
+    monkeypatch.setattr(raas, "TOUCHES", ("10%", "50%"))
+    here = {"kvpolicy": "1", "python": "3", "torch": "2", "transformers": "5", "threads": 1}
+
+    def made_on(device: str, only: list[str]) -> Outcome:
+        monkeypatch.setattr(running, "machine", lambda lab: {**here, "device": device, "date": "2026-01-01 00:00 UTC"})
+        return run(suite_named("raas"), lab, tmp_path, only=only, tell=quiet, command="c")
+
+    def cut(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(kept.Kept, "measure", cut)
+        with pytest.raises(KeyboardInterrupt):
+            made_on("one", ["raas-touch", "raas-kept"])
+    made_on("another", ["raas-touch"])  # which has nothing to do
+    told = made_on("a third", ["raas-touch", "raas-kept"])
+    assert [each["device"] for each in told.about["machines"]] == ["one", "a third"]
+    said = origin(told.about)
+    assert "one, 1 thread" in said and "a third, 1 thread" in said
+
+
 # A run --------------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +116,7 @@ def test_a_run_goes_on_and_can_be_told_again(lab: Lab, tmp_path: Path, monkeypat
     assert set(drawn) == set(only) and all(data.startswith(b"\x89PNG") for data in drawn.values())
     text = page(told)
     assert "<script" not in text and "http" not in text.replace("http-equiv", "") and text.count("<svg") > 3
+    assert again.about["machines"] == told.about["machines"]
     other = replace(lab, options=replace(lab.options, seed=1))
     with pytest.raises(UsageError, match="holds another run: its seed is 0, and now 1"):
         run(suite, other, tmp_path, only=only, tell=quiet, command="c")
