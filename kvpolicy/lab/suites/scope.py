@@ -129,7 +129,7 @@ SUITE = Suite(
             "scope-accuracy", claims=_better(late=True),
         ),
         Accuracy(
-            "scope-whole", "Accuracy against budget: the whole prompt, and a share of the output",
+            "scope-whole", "Accuracy against budget behind a whole prompt",
             "its rows with a prompt that is not compressed", whole_prompt,
             claims=_better(prompt="behind a whole prompt, "),
         ),
