@@ -124,7 +124,7 @@ SUITE = Suite(
             claims=(Claim("at r = 50 % RaaS comes up to the full cache", Kind.NEAR, "raas", at=half),),
         ),
         Accuracy(
-            "raas-alpha", "Threshold of attention above which a page is stamped (alpha)",
+            "raas-alpha", "Attention that stamps a page as used (alpha)",
             "its first version's ablation of alpha, best at 1e-4", alphas, Axis("alpha", "alpha"),
         ),
         Accuracy(

@@ -138,7 +138,7 @@ SUITE = Suite(
             beta1, Axis("beta1", "beta1 (tokens)"),
         ),
         Accuracy(
-            "scope-beta2", "Newest generated tokens kept in any case (beta2), under a fixed sum",
+            "scope-beta2", "Newest tokens kept in any case (beta2)",
             "its sensitivity to beta2: adaptive and discontinuous fall off where it is small, slide does not", beta2,
             Axis("beta2", "beta2 (tokens), beta1 + beta2 fixed"),
         ),
